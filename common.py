@@ -1,0 +1,373 @@
+"""What every method shares, in the order in which data flows: sampling, log-probs and entropy, the update, evaluation.
+
+    sample           prompts -> Rollout: completions with their mask, log-probs and entropy
+    token_logprobs   log-prob and entropy of given completions, without ever holding tokens x vocabulary
+    update           one or several optimizer steps on a Rollout, for any per-token objective
+    evaluate         greedy accuracy, mean@k, pass@k
+
+Nothing here knows a method, a reward or a data set. Shapes: Q prompts, G completions a prompt, B = Q * G rows,
+T completion tokens, D hidden size, V vocabulary. Log-probs and entropies are in nats, at the sampling temperature.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Logits are computed for so many elements (tokens x vocabulary) at a time: 256 MiB of float32.
+CHUNK_ELEMENTS = 2**26
+
+
+@dataclass
+class Rollout:
+    """B completions. Padded places of `completion_ids` hold any id; only `mask` says what is real."""
+
+    prompt_ids: Tensor  # [B, P] right-padded
+    prompt_lengths: Tensor  # [B]
+    completion_ids: Tensor  # [B, T] right-padded; T is max_new_tokens
+    mask: Tensor  # [B, T] 1.0 up to and including EOS, else 0.0
+    logprobs: Tensor  # [B, T] of the sampled tokens, as they were sampled
+    entropy: Tensor  # [B, T] of the sampling distribution, over the whole vocabulary
+    finished: Tensor  # [B] True: ended by EOS; False: cut off at max_new_tokens
+    group: Tensor  # [B] rows of one prompt share a number
+    rewards: Tensor  # [B] filled in by the caller
+    texts: list[dict]  # B times {"question", "answer", "completion", ...}, filled in by the caller
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def lengths(self) -> Tensor:
+        """Completion tokens of each row, EOS included. [B]"""
+        return self.mask.sum(1)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The Rollout of these rows (indices, or a boolean mask over B)."""
+        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "texts"}
+        return Rollout(**tensors, texts=[self.texts[i] for i in rows.tolist()] if self.texts else [])
+
+
+def concatenate(rollouts: list[Rollout]) -> Rollout:
+    """One Rollout of several with the same T; group numbers are shifted so that they stay distinct."""
+    width, shift, parts = max(r.prompt_ids.shape[1] for r in rollouts), 0, []
+    for r in rollouts:
+        prompt_ids = torch.nn.functional.pad(r.prompt_ids, (0, width - r.prompt_ids.shape[1]))
+        parts.append(replace(r, prompt_ids=prompt_ids, group=r.group + shift))
+        shift = int(parts[-1].group.max()) + 1
+    tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Rollout) if f.name != "texts"}
+    return Rollout(**tensors, texts=[text for p in parts for text in p.texts])
+
+
+def autocast(device: torch.device):
+    """bf16 arithmetic on a GPU, plain float32 elsewhere. The weights stay float32: at a learning rate of 1e-6 an AdamW
+    step is smaller than half of bf16's spacing, and pure bf16 weights would not move."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+def head_logits(model, hidden: Tensor) -> Tensor:
+    """Logits [N, V] in float32 from the decoder's hidden states [N, D], with the factors that some families put behind
+    the head (Cohere's logit_scale, Granite's logits_scaling, Gemma-2's final_logit_softcapping)."""
+    logits = model.get_output_embeddings()(hidden).float()
+    config = model.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_head(model) -> None:
+    """Raises ValueError unless head_logits(decoder's hidden states) equals the model's own logits: the log-probs below
+    run the two apart, and some family may do something in between that is not known here."""
+    model.eval()
+    ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    with autocast(model.device):
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        got = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states): it is not supported")
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def pick(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: probs [b, V], uniforms [b] in [0, 1) -> token ids [b]. Each row has its own number, so that
+    a sample does not depend on the other rows in the batch. (On CUDA, cumsum is not deterministic to the last bit.)"""
+    cdf = probs.cumsum(-1)
+    # `right` skips tokens of probability zero; scaling by the last entry absorbs the rounding of the sum.
+    threshold = uniforms[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
+
+
+@torch.no_grad()
+def sample(
+    model,
+    prompts: list[list[int]],
+    group_size: int,
+    max_new_tokens: int,
+    eos_ids: list[int],
+    uniforms: Tensor | None,
+    temperature: float = 1.0,
+    drop_below: float = 0.9,
+) -> Rollout:
+    """Samples `group_size` completions of every prompt, straight from the model's distribution at `temperature`: its
+    generation_config (top-k, top-p, penalties) is ignored, because what is sampled must be what the loss models.
+
+    prompts: Q lists of token ids. uniforms: [Q * group_size, max_new_tokens] in [0, 1), which decide every token; None
+    takes the most probable token instead. A prompt is prefilled once for its whole group; when fewer than `drop_below`
+    of the rows in the batch are alive, the finished ones leave it.
+    """
+    model.eval()  # also because gradient checkpointing in train mode turns the cache off without a word
+    device, Q, B, T = model.device, len(prompts), len(prompts) * group_size, max_new_tokens
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    P = int(lengths.max())
+    padded = [[0] * (P - len(p)) + p for p in prompts]  # left, so that every row's next token stands in the same column
+    ids = torch.tensor(padded, device=device)  # [Q, P]
+    attend = torch.ones(Q, P + T, dtype=torch.long, device=device)  # [Q, P + T] 0 on left padding
+    attend[:, :P] = torch.arange(P, device=device) >= P - lengths[:, None]
+    uniforms = None if uniforms is None else uniforms.to(device)
+
+    completion_ids = torch.zeros(B, T, dtype=torch.long, device=device)
+    mask, logprobs, entropy = (torch.zeros(B, T, device=device) for _ in range(3))
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    eos = torch.tensor(eos_ids, device=device)
+
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+
+    def decode(ids, attend, positions):  # new tokens [b, n] -> the last one's hidden state [b, D]
+        output = model.base_model(
+            input_ids=ids, attention_mask=attend, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return output.last_hidden_state[:, -1]
+
+    with autocast(device):
+        hidden = decode(ids, attend[:, :P], (attend[:, :P].cumsum(1) - 1).clamp(min=0))
+        cache.batch_repeat_interleave(group_size)
+        hidden, attend, lengths = (x.repeat_interleave(group_size, 0) for x in (hidden, attend, lengths))
+        rows = torch.arange(B, device=device)  # [b] the rows that are in the batch
+        for t in range(T):
+            scaled = head_logits(model, hidden) / temperature  # [b, V]
+            logp = scaled.log_softmax(-1)
+            probs = logp.exp()
+            token = logp.argmax(-1) if uniforms is None else pick(probs, uniforms[rows, t])  # [b]
+            alive = ~finished[rows]
+            completion_ids[rows, t] = token
+            mask[rows, t] = alive.float()
+            logprobs[rows, t] = logp.gather(1, token[:, None]).squeeze(1)
+            entropy[rows, t] = torch.special.entr(probs).sum(-1)
+            finished[rows] |= torch.isin(token, eos)
+            alive = ~finished[rows]
+            n_alive = int(alive.sum())
+            if n_alive == 0 or t == T - 1:
+                break
+            if n_alive < drop_below * len(rows):
+                keep = alive.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, token, attend, lengths = rows[keep], token[keep], attend[keep], lengths[keep]
+            hidden = decode(token[:, None], attend[:, : P + t + 1], (lengths + t)[:, None])
+
+    prompt_ids = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)
+    return Rollout(
+        prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
+        prompt_lengths=torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(group_size),
+        completion_ids=completion_ids,
+        mask=mask,
+        logprobs=logprobs * mask,
+        entropy=entropy * mask,
+        finished=finished,
+        group=torch.arange(Q, device=device).repeat_interleave(group_size),
+        rewards=torch.zeros(B, device=device),
+        texts=[],
+    )
+
+
+# --- log-probs and entropy --------------------------------------------------------------------------------------------
+
+
+def token_logprobs(
+    model,
+    prompt_ids: Tensor,
+    prompt_lengths: Tensor,
+    completion_ids: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of every completion token, and entropy of the distribution it came from: two [B, T], 0 where mask is 0.
+
+    Both carry gradients. The decoder runs once on right-padded rows without an attention mask (causal attention makes
+    that exact for real tokens, and keeps the fused kernels); the head runs on chunks of real tokens whose logits are
+    recomputed in the backward pass, so nothing of size tokens x vocabulary outlives a chunk.
+    """
+    T, P = completion_ids.shape[1], prompt_ids.shape[1]
+    length = int((prompt_lengths + mask.sum(1)).max())
+    column = torch.arange(length, device=mask.device)  # [L]
+    offset = column - prompt_lengths[:, None]  # [B, L] place in the completion; negative inside the prompt
+    ids = torch.where(
+        offset < 0, prompt_ids[:, column.clamp(max=P - 1)], completion_ids.gather(1, offset.clamp(0, T - 1))
+    )
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
+
+    row, t = mask.nonzero(as_tuple=True)  # [N] the real tokens; the one at t is predicted from the place before it
+    hidden, target = hidden[row, prompt_lengths[row] + t - 1], completion_ids[row, t]  # [N, D], [N]
+
+    def head(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logp = (head_logits(model, hidden) / temperature).log_softmax(-1)  # [n, V]
+        entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+        return logp.gather(1, target[:, None]).squeeze(1), entropy
+
+    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
+    chunks = zip(hidden.split(chunk), target.split(chunk), strict=True)
+    parts = [checkpoint(head, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks]
+    logprobs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))  # [N]
+    zeros = torch.zeros_like(mask)
+    return zeros.index_put((row, t), logprobs), zeros.index_put((row, t), entropy)
+
+
+def microbatches(lengths: Tensor, token_budget: int) -> list[Tensor]:
+    """Row indices [b] of each micro-batch: rows sorted by length, so that little is padding, and as many of them as
+    keep rows x longest within `token_budget` (one row at least). lengths: [B] in tokens, prompt and completion."""
+    batches, order, sizes = [], lengths.argsort(descending=True, stable=True), lengths.tolist()
+    start, rows = 0, order.tolist()
+    while start < len(rows):
+        n = max(1, int(token_budget // sizes[rows[start]]))
+        batches.append(order[start : start + n])
+        start += n
+    return batches
+
+
+def score(model, rollout: Rollout, temperature: float, token_budget: int) -> tuple[Tensor, Tensor]:
+    """token_logprobs of a whole Rollout, without gradients, in micro-batches. Two [B, T]."""
+    logprobs, entropy = torch.zeros_like(rollout.mask), torch.zeros_like(rollout.mask)
+    with torch.no_grad(), autocast(model.device):
+        for rows in microbatches(rollout.prompt_lengths + rollout.lengths(), token_budget):
+            logprobs[rows], entropy[rows] = _score_rows(model, rollout, rows, temperature)
+    return logprobs, entropy
+
+
+def _score_rows(model, rollout: Rollout, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    r = rollout
+    return token_logprobs(
+        model, r.prompt_ids[rows], r.prompt_lengths[rows], r.completion_ids[rows], r.mask[rows], temperature
+    )
+
+
+# --- the update -------------------------------------------------------------------------------------------------------
+
+
+def loss_weights(mask: Tensor, reduction: str) -> Tensor:
+    """What each token's loss is multiplied by, so that a plain sum over the step is the wanted mean. [B, T]
+
+    sequence: the mean over rows of each row's token mean (GRPO). token: the mean over all tokens (DAPO).
+    constant: the sum over tokens, divided by B * T (Dr. GRPO). The counts are those of the whole optimizer step, never
+    of a micro-batch: the gradient does not depend on how the step is cut up.
+    """
+    if reduction == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(1, len(mask))
+    if reduction == "token":
+        return mask / mask.sum().clamp(min=1)
+    if reduction == "constant":
+        return mask / max(1, mask.numel())
+    raise ValueError(f"reduction must be 'sequence', 'token' or 'constant', not {reduction!r}")
+
+
+def clip_fractions(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    """1.0 where the clip cuts the gradient off: the ratio has already moved past the bound in the direction that the
+    advantage asks for. ratio [b, T], advantages [b] or [b, T] -> two [b, T]."""
+    advantages = advantages if advantages.dim() == 2 else advantages[:, None]
+    cut_low = (ratio < 1 - low) & (advantages < 0)
+    cut_high = (ratio > 1 + high) & (advantages > 0)
+    return {"clip_ratio/low": cut_low.float(), "clip_ratio/high": cut_high.float()}
+
+
+def update(
+    model,
+    optimizer,
+    scheduler,
+    rollout: Rollout,
+    objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    reduction: str,
+    temperature: float,
+    minibatches: int = 1,
+    token_budget: int = 8192,
+    max_grad_norm: float = 1.0,
+) -> dict[str, float]:
+    """Takes `minibatches` optimizer steps on the rollout, each on its own share of the rows. Returns metrics.
+
+    objective(logprobs [b, T], old_logprobs [b, T], rows [b]) returns the loss of each token, [b, T], and any metrics as
+    [b, T] tensors (their mean over all tokens is logged). `rows` index the rollout. old_logprobs are those of the
+    policy that sampled: with one minibatch the log-probs themselves, detached, so the ratio is exactly 1.
+    """
+    sums: dict[str, float] = {}
+    norms = []
+    shares = [rows for rows in torch.arange(len(rollout), device=rollout.mask.device).chunk(minibatches) if len(rows)]
+    lengths = rollout.prompt_lengths + rollout.lengths()
+    plan = [[rows[i] for i in microbatches(lengths[rows], token_budget)] for rows in shares]
+    old = torch.zeros_like(rollout.mask)
+    if len(plan) > 1:  # later minibatches meet a policy that has moved, so score all of them now, in the same layout
+        with torch.no_grad(), autocast(model.device):
+            for rows in (rows for share in plan for rows in share):
+                old[rows] = _score_rows(model, rollout, rows, temperature)[0]
+
+    model.train()
+    for share, rows_of_share in zip(plan, shares, strict=True):
+        weights = torch.zeros_like(rollout.mask)
+        weights[rows_of_share] = loss_weights(rollout.mask[rows_of_share], reduction)
+        for rows in share:
+            with autocast(model.device):
+                logprobs, _ = _score_rows(model, rollout, rows, temperature)
+            if len(plan) == 1:
+                old[rows] = logprobs.detach()
+            per_token, extra = objective(logprobs, old[rows], rows)
+            loss = (per_token * weights[rows]).sum()
+            loss.backward()
+            gap = (old[rows] - rollout.logprobs[rows]).abs()
+            for name, value in {"sampling_logp_difference": gap, **extra}.items():
+                sums[name] = sums.get(name, 0.0) + float((value.detach() * rollout.mask[rows]).sum())
+            sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)  # no need for this memory while sampling
+
+    tokens = max(1.0, float(rollout.mask.sum()))
+    metrics = {k: v / (max(1, len(plan)) if k == "loss" else tokens) for k, v in sums.items()}
+    return {"loss": 0.0, **metrics, "grad_norm": sum(norms) / max(1, len(norms)), "lr": scheduler.get_last_lr()[0]}
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k of n completions, c of them correct, drawn without replacement, hold a correct one: the
+    unbiased estimator of pass@k (Chen et al., arXiv 2107.03374)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(generate: Callable[[int, bool], Rollout], k: int) -> dict[str, float]:
+    """Accuracy on one set of problems. generate(group_size, greedy) returns their completions with rewards filled in.
+
+    greedy: share of problems whose most probable completion is right. mean@k: share of right ones among k samples.
+    pass@j for j = 1, 2, 4 ... k. truncated: share cut off at the limit. length: mean, in tokens.
+    """
+    greedy, sampled = generate(1, True), generate(k, False)
+    correct = (sampled.rewards > 0.5).view(-1, k).sum(1).tolist()
+    result = {"greedy": float((greedy.rewards > 0.5).float().mean()), f"mean@{k}": sum(correct) / (k * len(correct))}
+    for j in [2**i for i in range(k.bit_length()) if 2**i <= k]:
+        result[f"pass@{j}"] = sum(pass_at_k(k, c, j) for c in correct) / len(correct)
+    result["truncated"] = float((~sampled.finished).float().mean())
+    result["length"] = float(sampled.lengths().mean())
+    return result
