@@ -1,4 +1,4 @@
-"""The pure functions of the five scripts: each equation against plain float64 loops, and the facts they must satisfy."""
+"""The pure functions of the five scripts: each equation against plain loops, and the facts they must satisfy."""
 
 import math
 
