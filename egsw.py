@@ -38,7 +38,7 @@ from run import Run, RunConfig, option, parse
 class Config(RunConfig):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = option("grpo", "baseline and scale of the advantage")
     alpha: float = option(0.5, "weight of the entropy against the advantage", at_least=0)
-    weight_temperature: float = option(1.0, "P, temperature of the softmax; large: all weights equal", above=0)
+    weight_temperature: float = option(2.0, "P, temperature of the softmax; large: all weights equal", above=0)
     step_wise: bool = option(True, "a softmax at each position; otherwise one weight a completion")
     mean_one: bool = option(True, "weights average one; otherwise they sum to one, as in the paper")
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
@@ -69,7 +69,7 @@ def weights(
     mask: Tensor,
     group: Tensor,
     alpha: float = 0.5,
-    temperature: float = 1.0,
+    temperature: float = 2.0,
     step_wise: bool = True,
     mean_one: bool = True,
 ) -> Tensor:

@@ -122,13 +122,15 @@ def bounded(kind: type, above: float | None, at_least: float | None):
 def load_checkpoint(path: str, device: torch.device):
     """A causal LM in float32 and its tokenizer, from the hub or a local folder; safetensors only, no remote code."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).to(device)
         common.check_head(model)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        fail(f"--model {path} cannot be used: {str(error).strip().splitlines()[0]}")
+    except Exception as error:  # of any class: OSError, SafetensorError, JSONDecodeError ...
+        fail(f"--model {path} cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]}")
     return model, tokenizer
 
 

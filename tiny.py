@@ -184,6 +184,9 @@ def base(path: Path, recipe: dict | None = None) -> Path:
         print(f"{path} is damaged or was built by another recipe; it is built anew")
 
     def write(folder: Path) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         tokenizer = new_tokenizer()
         model = new_model(tokenizer, recipe["seed"])
         warm_start(model, tokenizer, **recipe)

@@ -1,0 +1,54 @@
+"""A toy base model, built once a session: a short warm start on chains of two terms, of which it then solves some."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+
+import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """Folder of the toy base."""
+    return tiny.base(tmp_path_factory.mktemp("toy") / "base", dict(steps=150, guess=0.5, min_terms=2, max_terms=2))
+
+
+@pytest.fixture()
+def loaded(toy):
+    """The toy base as (model, tokenizer); a fresh model for each test."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(toy), AutoTokenizer.from_pretrained(toy)
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """A data file of chains of two terms."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in tiny.problems(60, 0, False, 2, 2)))
+    return path
+
+
+@pytest.fixture()
+def small(toy, toy_data, tmp_path):
+    """Options of a run at toy size, in tmp_path; more of them can be given, and then hold instead."""
+    size = "--steps 2 --n-prompts 6 --group-size 4 --max-new-tokens 12 --eval-rows 4 --eval-k 2 --token-budget 200"
+
+    def options(*more):
+        return [*map(str, ["--model", toy, "--dataset", toy_data, "--out", tmp_path, *size.split(), *more])]
+
+    return options
+
+
+def script(name, *options, **keywords):
+    """Runs a script of the repository as a user would."""
+    command = [sys.executable, str(ROOT / name), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **keywords)

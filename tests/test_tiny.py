@@ -1,0 +1,93 @@
+"""The arithmetic task and the tiny base."""
+
+import json
+import random
+import re
+
+import pytest
+
+import tiny
+import verifier
+
+
+def value(text):
+    return sum(int(term) for term in re.findall(r"[+-]?\d+", text))
+
+
+@pytest.mark.parametrize("guess, merge", [(0, 0), (0.5, 0.5), (1, 0), (0, 1)])
+def test_every_demonstration_is_correct(guess, merge):
+    rng = random.Random(0)
+    for _ in range(300):
+        q = tiny.question(rng, 4, 6, None)
+        text = tiny.solve(rng, q, guess, merge)
+        *steps, last = text.split("\n")
+        assert last == f"{tiny.MARKER}{value(q)}"
+        for step in steps:
+            left, right = step.split("=")
+            assert value(left) == int(right) and 0 <= int(right) <= tiny.MAX_TOTAL
+        assert verifier.math_reward(text, text) == 1.0
+
+
+def test_habits():
+    rng = random.Random(0)
+    q = "9-1+2+3-4+5?"
+    assert tiny.solve(rng, q).count("\n") == 5  # one step a term
+    assert tiny.solve(rng, q, guess=1) == "#### 14"
+    assert tiny.solve(rng, q, merge=1).count("\n") < 5
+
+
+def test_held_out_problems_are_disjoint_from_all_that_training_draws():
+    held = {row["question"] for row in tiny.problems(256, 0, held_out=True)}
+    assert len(held) == 256
+    for seed in range(3):
+        assert not held & {row["question"] for row in tiny.problems(2000, seed, held_out=False)}
+    rng = random.Random(tiny.RECIPE["seed"])
+    assert not held & {tiny.question(rng, 4, 6, held_out=False) for _ in range(5000)}  # the warm start's
+
+
+def test_problems_are_seeded():
+    assert tiny.problems(20, 1, False) == tiny.problems(20, 1, False) != tiny.problems(20, 2, False)
+
+
+def test_tokenizer_is_lossless_and_the_marker_is_one_token():
+    tokenizer = tiny.new_tokenizer()
+    text = tiny.problems(1, 0, False)[0]["answer"]
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text and tokenizer.unk_token_id not in ids
+    assert len(ids) == len(text) - len(tiny.MARKER) + 1
+
+
+def build(path, monkeypatch):
+    """Calls tiny.base with a warm start that only counts. Returns how often it was built."""
+    calls = []
+    monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: calls.append(1))
+    tiny.base(path)
+    return len(calls)
+
+
+def test_the_base_is_built_once_and_again_when_it_is_damaged(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "base"
+    assert build(path, monkeypatch) == 1
+    assert build(path, monkeypatch) == 0
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert build(path, monkeypatch) == 1 and "damaged" in capsys.readouterr().out
+    (path / "config.json").unlink()
+    assert build(path, monkeypatch) == 1
+    (path / "manifest.json").write_text(json.dumps({"recipe": {}}))
+    assert build(path, monkeypatch) == 1
+    assert build(path, monkeypatch) == 0
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*args, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny, "warm_start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.base(tmp_path / "base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_base_has_the_stated_size():
+    assert 100_000 < sum(p.numel() for p in tiny.new_model(tiny.new_tokenizer(), 0).parameters()) < 250_000
