@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-# Logits are computed for so many elements (tokens x vocabulary) at a time: 256 MiB of float32.
-CHUNK_ELEMENTS = 2**26
+# Logits are computed for so many elements (tokens x vocabulary) at a time: 64 MiB of float32, or 512 MiB on a GPU,
+# which needs larger products to be busy.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
 @dataclass
@@ -71,18 +71,20 @@ def autocast(device: torch.device):
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-def head_logits(model, hidden: Tensor) -> Tensor:
-    """Logits [N, V] in float32 from the decoder's hidden states [N, D], with the factors that some families put behind
-    the head (Cohere's logit_scale, Granite's logits_scaling, Gemma-2's final_logit_softcapping)."""
-    logits = model.get_output_embeddings()(hidden).float()
+def head_factors(model) -> tuple[float, float | None]:
+    """What some families do to the head's output: a factor (Cohere's logit_scale, Granite's 1 / logits_scaling), then
+    a soft cap (Gemma-2's final_logit_softcapping; None for none)."""
     config = model.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if scale := getattr(config, "logits_scaling", None):
-        logits = logits / scale
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def head_logits(model, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logits over temperature, [N, V] in float32, from the decoder's hidden states [N, D]."""
+    logits, (scale, cap) = model.get_output_embeddings()(hidden).float(), head_factors(model)
+    logits = logits * scale if scale != 1.0 else logits
+    logits = torch.tanh(logits / cap) * cap if cap else logits
+    return logits / temperature if temperature != 1.0 else logits
 
 
 @torch.no_grad()
@@ -101,10 +103,13 @@ def check_head(model) -> None:
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def pick(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sampling: probs [b, V], uniforms [b] in [0, 1) -> token ids [b]. Each row has its own number, so that
-    a sample does not depend on the other rows in the batch. (On CUDA, cumsum is not deterministic to the last bit.)"""
-    cdf = probs.cumsum(-1)
+def pick(probs: Tensor, node: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: probs [n, V], node [b] (each row's line of probs), uniforms [b] in [0, 1) -> token ids [b].
+
+    Each row has its own number, so that a sample does not depend on the other rows in the batch. (On CUDA, cumsum is
+    not deterministic to the last bit.)
+    """
+    cdf = probs.cumsum(-1)[node]
     # `right` skips tokens of probability zero; scaling by the last entry absorbs the rounding of the sum.
     threshold = uniforms[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
@@ -125,59 +130,63 @@ def sample(
     generation_config (top-k, top-p, penalties) is ignored, because what is sampled must be what the loss models.
 
     prompts: Q lists of token ids. uniforms: [Q * group_size, max_new_tokens] in [0, 1), which decide every token; None
-    takes the most probable token instead. A prompt is prefilled once for its whole group; when fewer than `drop_below`
-    of the rows in the batch are alive, the finished ones leave it.
+    takes the most probable token instead.
+
+    Completions of one prompt that have been the same so far share one node: one line in the batch and in the cache.
+    A node is split when its rows draw different tokens and leaves when its rows have ended, so the batch grows from Q
+    prompts to the distinct unfinished completions, which are few where the policy is sure. Nodes without rows stay
+    until they are more than 1 - drop_below of the batch, for moving the cache costs time.
     """
     model.eval()  # also because gradient checkpointing in train mode turns the cache off without a word
     device, Q, B, T = model.device, len(prompts), len(prompts) * group_size, max_new_tokens
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)  # [n] prompt tokens of each node
     P = int(lengths.max())
     padded = [[0] * (P - len(p)) + p for p in prompts]  # left, so that every row's next token stands in the same column
-    ids = torch.tensor(padded, device=device)  # [Q, P]
-    attend = torch.ones(Q, P + T, dtype=torch.long, device=device)  # [Q, P + T] 0 on left padding
+    attend = torch.ones(Q, P + T, dtype=torch.long, device=device)  # [n, P + T] 0 on left padding
     attend[:, :P] = torch.arange(P, device=device) >= P - lengths[:, None]
     uniforms = None if uniforms is None else uniforms.to(device)
+    eos = torch.tensor(eos_ids, device=device)
 
     completion_ids = torch.zeros(B, T, dtype=torch.long, device=device)
     mask, logprobs, entropy = (torch.zeros(B, T, device=device) for _ in range(3))
     finished = torch.zeros(B, dtype=torch.bool, device=device)
-    eos = torch.tensor(eos_ids, device=device)
+    rows = torch.arange(B, device=device)  # [b] the unfinished rows
+    node = rows // group_size  # [b] the node of each of them, n nodes in all
 
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
 
-    def decode(ids, attend, positions):  # new tokens [b, n] -> the last one's hidden state [b, D]
+    def decode(ids, attend, positions):  # new tokens [n, k] -> the last one's hidden state [n, D]
         output = model.base_model(
             input_ids=ids, attention_mask=attend, position_ids=positions, past_key_values=cache, use_cache=True
         )
         return output.last_hidden_state[:, -1]
 
-    with autocast(device):
-        hidden = decode(ids, attend[:, :P], (attend[:, :P].cumsum(1) - 1).clamp(min=0))
-        cache.batch_repeat_interleave(group_size)
-        hidden, attend, lengths = (x.repeat_interleave(group_size, 0) for x in (hidden, attend, lengths))
-        rows = torch.arange(B, device=device)  # [b] the rows that are in the batch
+    with autocast(device), torch.inference_mode():  # the tensors above are ordinary ones, and stay so
+        positions = (attend[:, :P].cumsum(1) - 1).clamp(min=0)
+        hidden = decode(torch.tensor(padded, device=device), attend[:, :P], positions)
         for t in range(T):
-            scaled = head_logits(model, hidden) / temperature  # [b, V]
-            logp = scaled.log_softmax(-1)
-            probs = logp.exp()
-            token = logp.argmax(-1) if uniforms is None else pick(probs, uniforms[rows, t])  # [b]
-            alive = ~finished[rows]
+            logp = head_logits(model, hidden, temperature).log_softmax(-1)  # [n, V]
+            probs, n = logp.exp(), len(logp)
+            token = logp.argmax(-1)[node] if uniforms is None else pick(probs, node, uniforms[rows, t])  # [b]
             completion_ids[rows, t] = token
-            mask[rows, t] = alive.float()
-            logprobs[rows, t] = logp.gather(1, token[:, None]).squeeze(1)
-            entropy[rows, t] = torch.special.entr(probs).sum(-1)
-            finished[rows] |= torch.isin(token, eos)
-            alive = ~finished[rows]
-            n_alive = int(alive.sum())
-            if n_alive == 0 or t == T - 1:
+            mask[rows, t] = 1.0
+            logprobs[rows, t] = logp[node, token]
+            entropy[rows, t] = torch.special.entr(probs).sum(-1)[node]
+            ended = torch.isin(token, eos)
+            finished[rows[ended]] = True
+            rows, node, token = rows[~ended], node[~ended], token[~ended]
+            if len(rows) == 0 or t == T - 1:
                 break
-            if n_alive < drop_below * len(rows):
-                keep = alive.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                rows, token, attend, lengths = rows[keep], token[keep], attend[keep], lengths[keep]
-            hidden = decode(token[:, None], attend[:, : P + t + 1], (lengths + t)[:, None])
+            edges, edge = (node * logp.shape[1] + token).unique(return_inverse=True)  # distinct (node, token), sorted
+            parents, tokens = edges // logp.shape[1], edges % logp.shape[1]
+            if len(edges) < drop_below * n or (parents[1:] == parents[:-1]).any():
+                cache.batch_select_indices(parents)
+                attend, lengths, node = attend[parents], lengths[parents], edge
+            else:
+                tokens = torch.zeros(n, dtype=torch.long, device=device).index_put((parents,), tokens)
+            hidden = decode(tokens[:, None], attend[:, : P + t + 1], (lengths + t)[:, None])
 
     prompt_ids = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)
     return Rollout(
@@ -185,8 +194,8 @@ def sample(
         prompt_lengths=torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(group_size),
         completion_ids=completion_ids,
         mask=mask,
-        logprobs=logprobs * mask,
-        entropy=entropy * mask,
+        logprobs=logprobs,
+        entropy=entropy,
         finished=finished,
         group=torch.arange(Q, device=device).repeat_interleave(group_size),
         rewards=torch.zeros(B, device=device),
@@ -195,6 +204,74 @@ def sample(
 
 
 # --- log-probs and entropy --------------------------------------------------------------------------------------------
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """hidden [N, D], targets [N] -> log-prob of the targets and entropy, two [N], both differentiable.
+
+    Works on chunks of tokens and computes their logits again in the backward pass, so that one chunk's logits (and
+    what is made of them in place) are all that ever exists of tokens x vocabulary. Autograd's checkpoint does the same
+    with several such buffers a chunk, and a fresh weight gradient for each.
+
+        log p = z - logsumexp(z),   H = -sum_v p log p
+        d/dz  = g_logp (onehot - p) - g_H p (log p + H)          chained through temperature, soft cap and scale
+    """
+
+    @staticmethod
+    def logits(ctx, hidden, weight, bias):  # [n, V] in float32 over temperature, and the slope of the soft cap
+        z = torch.nn.functional.linear(hidden, weight, bias).float().mul_(ctx.scale)
+        slope = None
+        if ctx.cap:
+            z.div_(ctx.cap).tanh_()
+            slope = 1 - z * z
+            z.mul_(ctx.cap)
+        return z.div_(ctx.temperature), slope
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, scale, cap, chunk):
+        ctx.set_materialize_grads(False)  # no gradient for the entropy means no work for it
+        ctx.temperature, ctx.scale, ctx.cap, ctx.chunk = temperature, scale, cap, chunk
+        kind = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        N = len(hidden)
+        logp, entropy, norm = (torch.empty(N, device=hidden.device) for _ in range(3))
+        with torch.autocast(kind, enabled=False):
+            low, low_bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+            for part in (slice(i, i + chunk) for i in range(0, N, chunk)):
+                z, _ = HeadLogprobs.logits(ctx, hidden[part].to(ctx.dtype), low, low_bias)
+                norm[part] = z.logsumexp(-1)
+                logp[part] = z.gather(1, targets[part, None]).squeeze(1) - norm[part]
+                z.sub_(norm[part, None])
+                entropy[part] = -torch.einsum("nv,nv->n", z.exp(), z.clamp_(min=-1e30))  # 0 log 0 is 0
+        ctx.save_for_backward(hidden, weight, bias, targets, norm, entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, g_logp, g_entropy):
+        hidden, weight, bias, targets, norm, entropy = ctx.saved_tensors
+        d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        g_logp = torch.zeros_like(norm) if g_logp is None else g_logp
+        low, low_bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        for part in (slice(i, i + ctx.chunk) for i in range(0, len(hidden), ctx.chunk)):
+            h, g = hidden[part].to(ctx.dtype), g_logp[part, None]
+            z, slope = HeadLogprobs.logits(ctx, h, low, low_bias)
+            z.sub_(norm[part, None])  # log p
+            if g_entropy is None:
+                z.exp_().mul_(-g)
+            else:
+                p = z.exp()
+                z.clamp_(min=-1e30).add_(entropy[part, None]).mul_(g_entropy[part, None]).add_(g).mul_(p).neg_()
+            z.scatter_add_(1, targets[part, None], g).mul_(ctx.scale / ctx.temperature)
+            z = (z if slope is None else z.mul_(slope)).to(ctx.dtype)
+            d_hidden[part] = (z @ low).to(d_hidden.dtype)
+            if ctx.dtype == d_weight.dtype:
+                d_weight.addmm_(z.T, h)
+            else:
+                d_weight += z.T @ h
+            if bias is not None:
+                d_bias += z.sum(0)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 def token_logprobs(
@@ -209,8 +286,7 @@ def token_logprobs(
     """Log-prob of every completion token, and entropy of the distribution it came from: two [B, T], 0 where mask is 0.
 
     Both carry gradients. The decoder runs once on right-padded rows without an attention mask (causal attention makes
-    that exact for real tokens, and keeps the fused kernels); the head runs on chunks of real tokens whose logits are
-    recomputed in the backward pass, so nothing of size tokens x vocabulary outlives a chunk.
+    that exact for real tokens, and keeps the fused kernels); the head runs on the real completion tokens alone.
     """
     T, P = completion_ids.shape[1], prompt_ids.shape[1]
     length = int((prompt_lengths + mask.sum(1)).max())
@@ -222,17 +298,12 @@ def token_logprobs(
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
 
     row, t = mask.nonzero(as_tuple=True)  # [N] the real tokens; the one at t is predicted from the place before it
-    hidden, target = hidden[row, prompt_lengths[row] + t - 1], completion_ids[row, t]  # [N, D], [N]
-
-    def head(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logp = (head_logits(model, hidden) / temperature).log_softmax(-1)  # [n, V]
-        entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
-        return logp.gather(1, target[:, None]).squeeze(1), entropy
-
-    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // model.get_output_embeddings().weight.shape[0])
-    chunks = zip(hidden.split(chunk), target.split(chunk), strict=True)
-    parts = [checkpoint(head, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks]
-    logprobs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))  # [N]
+    head = model.get_output_embeddings()
+    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS[mask.device.type] // head.weight.shape[0])
+    logprobs, entropy = HeadLogprobs.apply(
+        hidden[row, prompt_lengths[row] + t - 1], head.weight, getattr(head, "bias", None), completion_ids[row, t],
+        temperature, *head_factors(model), chunk,
+    )  # fmt: skip
     zeros = torch.zeros_like(mask)
     return zeros.index_put((row, t), logprobs), zeros.index_put((row, t), entropy)
 
@@ -300,6 +371,7 @@ def update(
     rollout: Rollout,
     objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
     reduction: str,
+    active: Tensor | None,
     temperature: float,
     minibatches: int = 1,
     token_budget: int = 8192,
@@ -310,12 +382,15 @@ def update(
     objective(logprobs [b, T], old_logprobs [b, T], rows [b]) returns the loss of each token, [b, T], and any metrics as
     [b, T] tensors (their mean over all tokens is logged). `rows` index the rollout. old_logprobs are those of the
     policy that sampled: with one minibatch the log-probs themselves, detached, so the ratio is exactly 1.
+    active: [B] or [B, T], non-zero where the objective can have a gradient, such as the advantages; None for everywhere.
+    Rows that are zero throughout are not scored, but do count in the means.
     """
     sums: dict[str, float] = {}
     norms = []
     shares = [rows for rows in torch.arange(len(rollout), device=rollout.mask.device).chunk(minibatches) if len(rows)]
     lengths = rollout.prompt_lengths + rollout.lengths()
-    plan = [[rows[i] for i in microbatches(lengths[rows], token_budget)] for rows in shares]
+    scored = torch.ones_like(rollout.finished) if active is None else (active != 0).view(len(rollout), -1).any(1)
+    plan = [[rows[i] for i in microbatches(lengths[rows], token_budget)] for rows in (s[scored[s]] for s in shares)]
     old = torch.zeros_like(rollout.mask)
     if len(plan) > 1:  # later minibatches meet a policy that has moved, so score all of them now, in the same layout
         with torch.no_grad(), autocast(model.device):
@@ -343,8 +418,8 @@ def update(
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)  # no need for this memory while sampling
 
-    tokens = max(1.0, float(rollout.mask.sum()))
-    metrics = {k: v / (max(1, len(plan)) if k == "loss" else tokens) for k, v in sums.items()}
+    per = {"loss": max(1, len(plan)), "sampling_logp_difference": max(1.0, float(rollout.mask[scored].sum()))}
+    metrics = {k: v / per.get(k, max(1.0, float(rollout.mask.sum()))) for k, v in sums.items()}
     return {"loss": 0.0, **metrics, "grad_norm": sum(norms) / max(1, len(norms)), "lr": scheduler.get_last_lr()[0]}
 
 

@@ -133,7 +133,7 @@ def main() -> None:
                     metrics["kl"] = kl
                 return loss(logprobs, old_logprobs, A[rows], mask, *clip, cfg.ratio, kl, cfg.kl_coef), metrics
 
-            metrics = run.update(rollout, objective, cfg.reduction)
+            metrics = run.update(rollout, objective, cfg.reduction, active=A if ref is None else None)
             run.log(rollout, metrics)
 
 

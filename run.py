@@ -8,7 +8,7 @@ A script extends `RunConfig` with its own options and loops over `Run.steps()`:
             rollout = run.sample()        # prompts -> completions
             run.verify(rollout)           # completions -> rewards
             ...                           # the method: rewards -> advantages -> objective
-            metrics = run.update(rollout, objective, reduction)
+            metrics = run.update(rollout, objective, reduction, advantages)
             run.log(rollout, metrics)
 
 A run leaves in runs/<name>/: config.json, metrics.jsonl (a line a step, the same bytes for the same seed on a CPU),
@@ -292,11 +292,11 @@ class Run:
             self.reference = load_checkpoint(self.source, self.device)[0].requires_grad_(False)
         return common.score(self.reference, rollout, self.cfg.temperature, self.cfg.token_budget)[0]
 
-    def update(self, rollout: Rollout, objective, reduction: str) -> dict[str, float]:
+    def update(self, rollout: Rollout, objective, reduction: str, active: Tensor | None) -> dict[str, float]:
         """common.update with this run's model, optimizer and options."""
         start, cfg = time.perf_counter(), self.cfg
         metrics = common.update(
-            self.model, self.optimizer, self.scheduler, rollout, objective, reduction, cfg.temperature,
+            self.model, self.optimizer, self.scheduler, rollout, objective, reduction, active, cfg.temperature,
             cfg.minibatches, cfg.token_budget, cfg.max_grad_norm,
         )  # fmt: skip
         self.clock("update", start)

@@ -119,9 +119,9 @@ def test_samples_follow_the_models_distribution_at_the_temperature(loaded, tempe
 
 
 def test_pick_never_takes_a_token_of_probability_zero():
-    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(5, 5)
+    probs = torch.tensor([[1.0, 0, 0, 0, 0], [0.0, 0.5, 0.0, 0.5, 0.0]])
     uniforms = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24])
-    assert common.pick(probs, uniforms).tolist() == [1, 1, 3, 3, 3]
+    assert common.pick(probs, torch.ones(5, dtype=torch.long), uniforms).tolist() == [1, 1, 3, 3, 3]
 
 
 # --- log-probs and entropy --------------------------------------------------------------------------------------------
@@ -211,11 +211,13 @@ def test_loss_weights():
         common.loss_weights(mask, "mean")
 
 
-def stepped(loaded, order=None, minibatches=1, token_budget=10**6, reduction="sequence", seen=None):
+def stepped(
+    loaded, order=None, minibatches=1, skip=False, token_budget=10**6, reduction="sequence", seen=None, rewards=None
+):
     """Weights after one update of a rollout with made-up rewards, and its metrics."""
     model, tokenizer = loaded
     r = rollout_of(model, tokenizer)
-    r.rewards = (torch.arange(len(r)) % 3 == 0).float()
+    r.rewards = (torch.arange(len(r)) % 3 == 0).float() if rewards is None else rewards
     r = r if order is None else r.select(order)
     A = grpo.advantages(r.rewards, r.group)
 
@@ -228,7 +230,9 @@ def stepped(loaded, order=None, minibatches=1, token_budget=10**6, reduction="se
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     before = [p.detach().clone() for p in model.parameters()]
-    metrics = common.update(model, optimizer, scheduler, r, objective, reduction, 1.0, minibatches, token_budget)
+    metrics = common.update(
+        model, optimizer, scheduler, r, objective, reduction, A if skip else None, 1.0, minibatches, token_budget
+    )
     moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
     with torch.no_grad():
         for p, b in zip(model.parameters(), before, strict=True):
@@ -254,6 +258,16 @@ def test_the_step_does_not_depend_on_how_it_is_cut_into_micro_batches(loaded, re
 def test_the_step_does_not_depend_on_the_order_of_the_prompts(loaded):
     order = torch.arange(24).view(6, 4).flip(0).reshape(-1)
     assert_same_step(stepped(loaded, order), stepped(loaded))
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_rows_without_advantage_need_no_scoring(loaded, minibatches):
+    rewards = torch.tensor([1.0, 0, 0, 1] + [1] * 4 + [0] * 4 + [0, 1, 0, 0] + [1] * 4 + [1, 1, 1, 0])
+    seen, all_seen = [], []
+    skipping = stepped(loaded, None, minibatches, skip=True, seen=seen, token_budget=1, rewards=rewards)
+    scoring = stepped(loaded, None, minibatches, seen=all_seen, token_budget=1, rewards=rewards)
+    assert_same_step(skipping, scoring)
+    assert len(seen) == 12 and len(all_seen) == 24
 
 
 def test_the_first_ratio_is_exactly_one_and_later_ones_are_not(loaded):
@@ -327,5 +341,5 @@ def test_a_few_grpo_steps_raise_the_reward():
         def objective(new, old, rows, r=r, A=A):
             return grpo.loss(new, old, A[rows], r.mask[rows]), {}
 
-        common.update(model, optimizer, scheduler, r, objective, "sequence", 1.0)
+        common.update(model, optimizer, scheduler, r, objective, "sequence", A, 1.0)
     assert means[0] < 0.3 and means[-1] > 0.8, means
