@@ -374,7 +374,7 @@ def update(
     active: Tensor | None,
     temperature: float,
     minibatches: int = 1,
-    token_budget: int = 8192,
+    token_budget: int = 2048,
     max_grad_norm: float = 1.0,
 ) -> dict[str, float]:
     """Takes `minibatches` optimizer steps on the rollout, each on its own share of the rows. Returns metrics.
@@ -387,10 +387,13 @@ def update(
     """
     sums: dict[str, float] = {}
     norms = []
-    shares = [rows for rows in torch.arange(len(rollout), device=rollout.mask.device).chunk(minibatches) if len(rows)]
+    everything = torch.arange(len(rollout), device=rollout.mask.device)
+    shares = [rows for rows in everything.chunk(minibatches) if len(rows)]
     lengths = rollout.prompt_lengths + rollout.lengths()
     scored = torch.ones_like(rollout.finished) if active is None else (active != 0).view(len(rollout), -1).any(1)
-    plan = [[rows[i] for i in microbatches(lengths[rows], token_budget)] for rows in (s[scored[s]] for s in shares)]
+    plan = []  # for each optimizer step, the rows of its micro-batches
+    for rows in (share[scored[share]] for share in shares):
+        plan.append([rows[batch] for batch in microbatches(lengths[rows], token_budget)])
     old = torch.zeros_like(rollout.mask)
     if len(plan) > 1:  # later minibatches meet a policy that has moved, so score all of them now, in the same layout
         with torch.no_grad(), autocast(model.device):

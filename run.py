@@ -64,14 +64,14 @@ class RunConfig:
 
     n_prompts: int = option(32, "Q, prompts a step", at_least=1)
     group_size: int = option(8, "G, completions a prompt", at_least=2)
-    max_new_tokens: int = option(64, "longest completion, in tokens", at_least=1)
+    max_new_tokens: int | None = option(None, "longest completion; 64 for arithmetic, else 512", at_least=1)
     temperature: float = option(1.0, "of sampling, and so of every log-prob and entropy", above=0)
 
-    lr: float = option(2e-4, "AdamW learning rate after the warm-up", above=0)
+    lr: float | None = option(None, "AdamW's; 2e-4 for a model below 10M parameters, else 1e-6", above=0)
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", above=0)
     minibatches: int = option(1, "optimizer steps a rollout, each on its share of the rows", at_least=1)
-    token_budget: int = option(8192, "tokens of a micro-batch with padding: memory, not results", at_least=1)
+    token_budget: int | None = option(None, "tokens of a micro-batch, with padding; 2048, on a GPU 16384", at_least=1)
 
     eval_rows: int = option(256, "held-out problems to evaluate on; 0: no evaluation", at_least=0)
     eval_k: int = option(8, "completions a problem for mean@k and pass@k", at_least=1)
@@ -80,14 +80,15 @@ class RunConfig:
 
 def parse(config_class: type, doc: str, argv: list[str] | None = None):
     """The command line as a `config_class`. What is unknown or out of bounds ends the program with status 2."""
-    formatter = type("", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
     parser.error = fail
     inherited = {f.name for f in dataclasses.fields(RunConfig)}
     sections = {False: parser.add_argument_group("this method"), True: parser.add_argument_group("every run")}
     for f in dataclasses.fields(config_class):
         kind = typing.get_type_hints(config_class)[f.name]
-        keywords = dict(default=f.default, help=f.metadata["help"])
+        shown = "" if f.default is None else f" [{f.default}]"
+        keywords = dict(default=f.default, help=f.metadata["help"] + shown)
         if typing.get_origin(kind) is Literal:
             keywords["choices"] = typing.get_args(kind)
         elif kind is bool:
@@ -198,6 +199,11 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.source = cfg.model or str(tiny.base(out / "tiny-base"))
         self.model, self.tokenizer = load_checkpoint(self.source, self.device)
+        # The defaults that depend on what is trained, and where; config.json holds what came of them.
+        small = sum(p.numel() for p in self.model.parameters()) < 10_000_000
+        cfg.lr = cfg.lr or (2e-4 if small else 1e-6)
+        cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.dataset == "arithmetic" else 512)
+        cfg.token_budget = cfg.token_budget or (16384 if self.device.type == "cuda" else 2048)
         self.eos_ids = stop_ids(self.model, self.tokenizer)
         self.train_rows, self.eval_rows = load_rows(cfg)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
