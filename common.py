@@ -125,6 +125,7 @@ def sample(
     uniforms: Tensor | None,
     temperature: float = 1.0,
     drop_below: float = 0.9,
+    fixed: bool | None = None,
 ) -> Rollout:
     """Samples `group_size` completions of every prompt, straight from the model's distribution at `temperature`: its
     generation_config (top-k, top-p, penalties) is ignored, because what is sampled must be what the loss models.
@@ -136,6 +137,8 @@ def sample(
     A node is split when its rows draw different tokens and leaves when its rows have ended, so the batch grows from Q
     prompts to the distinct unfinished completions, which are few where the policy is sure. Nodes without rows stay
     until they are more than 1 - drop_below of the batch, for moving the cache costs time.
+
+    fixed: decode_fixed instead, the same samples from fixed shapes; None: on a GPU, where the model allows it.
     """
     model.eval()  # also because gradient checkpointing in train mode turns the cache off without a word
     device, Q, B, T = model.device, len(prompts), len(prompts) * group_size, max_new_tokens
@@ -146,12 +149,20 @@ def sample(
     attend[:, :P] = torch.arange(P, device=device) >= P - lengths[:, None]
     uniforms = None if uniforms is None else uniforms.to(device)
     eos = torch.tensor(eos_ids, device=device)
-
-    completion_ids = torch.zeros(B, T, dtype=torch.long, device=device)
-    mask, logprobs, entropy = (torch.zeros(B, T, device=device) for _ in range(3))
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)  # [b] the unfinished rows
     node = rows // group_size  # [b] the node of each of them, n nodes in all
+    r = Rollout(
+        prompt_ids=torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)[node],
+        prompt_lengths=lengths[node],
+        completion_ids=torch.zeros(B, T, dtype=torch.long, device=device),
+        mask=torch.zeros(B, T, device=device),
+        logprobs=torch.zeros(B, T, device=device),
+        entropy=torch.zeros(B, T, device=device),
+        finished=torch.zeros(B, dtype=torch.bool, device=device),
+        group=node,
+        rewards=torch.zeros(B, device=device),
+        texts=[],
+    )
 
     from transformers import DynamicCache
 
@@ -166,16 +177,22 @@ def sample(
     with autocast(device), torch.inference_mode():  # the tensors above are ordinary ones, and stay so
         positions = (attend[:, :P].cumsum(1) - 1).clamp(min=0)
         hidden = decode(torch.tensor(padded, device=device), attend[:, :P], positions)
+        if fixed is None:
+            plain = model.config._attn_implementation == "sdpa" and not any(layer.is_sliding for layer in cache.layers)
+            fixed = device.type == "cuda" and plain
+        if fixed:
+            decode_fixed(model, r, hidden, cache, attend[:, :P], uniforms, eos, temperature)
+            return r
         for t in range(T):
             logp = head_logits(model, hidden, temperature).log_softmax(-1)  # [n, V]
             probs, n = logp.exp(), len(logp)
             token = logp.argmax(-1)[node] if uniforms is None else pick(probs, node, uniforms[rows, t])  # [b]
-            completion_ids[rows, t] = token
-            mask[rows, t] = 1.0
-            logprobs[rows, t] = logp[node, token]
-            entropy[rows, t] = torch.special.entr(probs).sum(-1)[node]
+            r.completion_ids[rows, t] = token
+            r.mask[rows, t] = 1.0
+            r.logprobs[rows, t] = logp[node, token]
+            r.entropy[rows, t] = torch.special.entr(probs).sum(-1)[node]
             ended = torch.isin(token, eos)
-            finished[rows[ended]] = True
+            r.finished[rows[ended]] = True
             rows, node, token = rows[~ended], node[~ended], token[~ended]
             if len(rows) == 0 or t == T - 1:
                 break
@@ -187,20 +204,58 @@ def sample(
             else:
                 tokens = torch.zeros(n, dtype=torch.long, device=device).index_put((parents,), tokens)
             hidden = decode(tokens[:, None], attend[:, : P + t + 1], (lengths + t)[:, None])
+    return r
 
-    prompt_ids = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)
-    return Rollout(
-        prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
-        prompt_lengths=torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(group_size),
-        completion_ids=completion_ids,
-        mask=mask,
-        logprobs=logprobs,
-        entropy=entropy,
-        finished=finished,
-        group=torch.arange(Q, device=device).repeat_interleave(group_size),
-        rewards=torch.zeros(B, device=device),
-        texts=[],
-    )
+
+def decode_fixed(
+    model, r: Rollout, hidden: Tensor, prefilled, attend: Tensor, uniforms, eos: Tensor, temperature
+) -> None:
+    """`sample`'s loop with one line a row and a cache of full size: nothing changes its shape, so on a GPU one step is
+    captured as a CUDA graph and replayed, which saves the launches that decoding is otherwise made of. Fills in `r`.
+
+    hidden: [Q, D] of the last prompt token; prefilled: the prompts' cache; attend: [Q, P].
+    """
+    from transformers import StaticCache
+
+    (B, T), P = r.mask.shape, attend.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=P + T)
+    for i, layer in enumerate(prefilled.layers):
+        cache.update(layer.keys[r.group], layer.values[r.group], i)
+    visible = torch.zeros(B, 1, 1, P + T, dtype=torch.bool, device=attend.device)
+    visible[:, 0, 0, :P] = attend[r.group] > 0
+    hidden, t = hidden[r.group], torch.zeros(1, dtype=torch.long, device=attend.device)
+    every = torch.arange(B, device=attend.device)
+
+    def step() -> None:
+        logp = head_logits(model, hidden, temperature).log_softmax(-1)  # [B, V]
+        probs = logp.exp()
+        token = logp.argmax(-1) if uniforms is None else pick(probs, every, uniforms.index_select(1, t).squeeze(1))
+        alive = (~r.finished).float()
+        r.completion_ids.index_copy_(1, t, token[:, None])
+        r.mask.index_copy_(1, t, alive[:, None])
+        r.logprobs.index_copy_(1, t, logp.gather(1, token[:, None]) * alive[:, None])
+        r.entropy.index_copy_(1, t, (torch.special.entr(probs).sum(-1) * alive)[:, None])
+        r.finished.logical_or_(torch.isin(token, eos))
+        visible.index_fill_(3, P + t, True)
+        output = model.base_model(
+            input_ids=token[:, None], attention_mask=visible, position_ids=(r.prompt_lengths + t)[:, None],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        hidden.copy_(output.last_hidden_state[:, -1])
+        t.add_(1)
+
+    step()  # outside the graph: it also fills autocast's cache of bf16 weights, which the graph then reads
+    advance = step
+    if attend.is_cuda and T > 1:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            step()
+        advance = graph.replay
+    for n in range(1, T):
+        if n % 16 == 0 and bool(r.finished.all()):  # seldom, because asking waits for the GPU
+            break
+        advance()
 
 
 # --- log-probs and entropy --------------------------------------------------------------------------------------------
@@ -382,7 +437,7 @@ def update(
     objective(logprobs [b, T], old_logprobs [b, T], rows [b]) returns the loss of each token, [b, T], and any metrics as
     [b, T] tensors (their mean over all tokens is logged). `rows` index the rollout. old_logprobs are those of the
     policy that sampled: with one minibatch the log-probs themselves, detached, so the ratio is exactly 1.
-    active: [B] or [B, T], non-zero where the objective can have a gradient, such as the advantages; None for everywhere.
+    active: [B] or [B, T], not zero where the objective can have a gradient, such as the advantages; None: everywhere.
     Rows that are zero throughout are not scored, but do count in the means.
     """
     sums: dict[str, float] = {}

@@ -64,6 +64,7 @@ class RunConfig:
 
     n_prompts: int = option(32, "Q, prompts a step", at_least=1)
     group_size: int = option(8, "G, completions a prompt", at_least=2)
+    rollout_rows: int = option(1024, "completions sampled at a time: memory, not results", at_least=1)
     max_new_tokens: int | None = option(None, "longest completion; 64 for arithmetic, else 512", at_least=1)
     temperature: float = option(1.0, "of sampling, and so of every log-prob and entropy", above=0)
 
@@ -144,6 +145,42 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted(ids)
 
 
+def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]:
+    """Bytes that the parts of a run will hold at once, roughly. The last two follow each other and do not add up."""
+    config, gpu = model.config.get_text_config(), model.device.type == "cuda"
+    D, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    heads = config.num_attention_heads
+    kv = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or D // heads)
+    size = 2 if gpu else 4  # bytes of an activation
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    rows = min(cfg.rollout_rows, max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k))
+    cache = rows * (prompt_length + cfg.max_new_tokens) * 2 * layers * kv * size
+    # Kept for the backward pass: about 34 D values a token and layer (Korthikanti et al., arXiv 2205.05198, without the
+    # attention matrix). Then two float32 buffers of the head's chunk, and the gradient of its weight.
+    chunk = max(common.CHUNK_ELEMENTS[model.device.type], V)
+    update = cfg.token_budget * layers * 34 * D * size // 2 + 2 * 4 * chunk + 4 * V * D
+    return {
+        "weights, gradients, AdamW": 4 * weights + (weights // 2 if gpu else 0),
+        "rollout": cache + 4 * rows * V * 4,
+        "update": update,
+    }
+
+
+def check_memory(cfg: RunConfig, model, prompt_length: int) -> None:
+    """Prints one line with the estimate, and refuses what cannot fit on the GPU."""
+    parts = estimate_memory(cfg, model, prompt_length)
+    n = sum(p.numel() for p in model.parameters())
+    listed = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in parts.items())
+    print(f"{n:,} parameters on {model.device.type}; memory estimated in GiB: {listed}")
+    if model.device.type == "cuda":
+        fixed, rollout, update = parts.values()
+        free = torch.cuda.mem_get_info()[0] + fixed // 4  # the weights are there already
+        for needed, way_out in ((fixed, "a smaller --model"), (fixed + rollout, "a smaller --rollout-rows"),
+                                (fixed + update, "a smaller --token-budget")):  # fmt: skip
+            if needed > free:
+                fail(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose {way_out}")
+
+
 def load_rows(cfg: RunConfig) -> tuple[list[dict], list[dict]]:
     """Rows {"question", "answer"} to train on and to evaluate on, without a question in common."""
     if cfg.dataset == "arithmetic":
@@ -213,8 +250,8 @@ class Run:
                 fail(f"--max-new-tokens {cfg.max_new_tokens}: with a prompt of {len(row['prompt_ids'])} tokens it "
                      f"exceeds the model's {limit} positions ({row['question'][:60]!r})")  # fmt: skip
 
-        decay = dict(lr=cfg.lr, weight_decay=0.0, fused=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **decay)
+        check_memory(cfg, self.model, max(len(row["prompt_ids"]) for row in self.train_rows))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
         warmup = max(1, cfg.warmup_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup))
         self.uniforms = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
@@ -252,7 +289,7 @@ class Run:
 
     def generate(self, rows: list[dict], group_size: int, uniforms: Tensor | None) -> Rollout:
         """Completions of these data rows, decoded, rewards still 0. uniforms None: the most probable tokens."""
-        prompts, per_batch, parts = [row["prompt_ids"] for row in rows], max(1, 1024 // group_size), []
+        prompts, per_batch, parts = [row["prompt_ids"] for row in rows], max(1, self.cfg.rollout_rows // group_size), []
         for i in range(0, len(rows), per_batch):
             some = None if uniforms is None else uniforms[i * group_size : (i + per_batch) * group_size]
             shape = group_size, self.cfg.max_new_tokens

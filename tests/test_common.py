@@ -41,6 +41,19 @@ def test_dropping_finished_rows_changes_no_sample(loaded, drop_below):
     same(rollout_of(*loaded, drop_below=drop_below), r)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_decoding_with_fixed_shapes_gives_the_same_samples(loaded, temperature):
+    same(rollout_of(*loaded, temperature=temperature, fixed=True), rollout_of(*loaded, temperature=temperature))
+
+
+def test_fixed_shapes_stop_when_all_have_ended(loaded):
+    model, tokenizer = loaded
+    prompts, calls = tokenizer(["1+2?", "12+3?"])["input_ids"], []
+    model.base_model.register_forward_hook(lambda *a: calls.append(1))
+    r = common.sample(model, prompts, 2, 200, [tokenizer.eos_token_id], None, fixed=True)
+    assert r.finished.all() and len(calls) < 40
+
+
 def test_a_sample_does_not_depend_on_the_other_prompts(loaded):
     model, tokenizer = loaded
     questions = ["1+2?", "12+3-4+5-6+7?", "9-8?"]

@@ -1,0 +1,352 @@
+"""Measures sampling, an RL step and log-probs against what people would use instead.
+
+    python benchmarks/bench.py                        every row that this machine allows; results.json beside this file
+    python benchmarks/bench.py --rows rollout step    some of them
+    python benchmarks/bench.py --base runs/egsw-1/model   another checkpoint for `rollout` and `step`
+
+Contenders take turns within one process (memory rows: one process a measurement), and first show that they do the same
+work. Reported are medians and the ratio to the other contender, run by run, with its minimum and maximum: absolute
+times depend on the machine and the hour. Liger's kernels and the rows named gpu need a GPU.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common
+import grpo
+import tiny
+import verifier
+
+Q, G, T = 32, 8, 64
+V, D, N = 151_936, 896, 2_048  # Qwen2.5-0.5B's vocabulary and hidden size
+
+
+def alternate(contenders: dict, runs: int) -> dict[str, list[float]]:
+    """Calls each contender once to warm up and then in turn `runs` times. Each returns its own figure."""
+    for contender in contenders.values():
+        contender()
+    results = {name: [] for name in contenders}
+    for _ in range(runs):
+        for name, contender in contenders.items():
+            results[name].append(contender())
+    return results
+
+
+def row(title: str, unit: str, ours: list[float], other_name: str, other: list[float], more_is_better: bool) -> dict:
+    """One line of the table: medians, and the ratio in our favour of each pair."""
+    ratios = [a / b if more_is_better else b / a for a, b in zip(ours, other, strict=True)]
+    medians = statistics.median(ours), statistics.median(other)
+    spread = statistics.median(ratios), min(ratios), max(ratios)
+    print(f"{title:44} {medians[0]:>10.4g} {unit:9} {other_name}: {medians[1]:>10.4g}   x{spread[0]:.2f} "
+          f"({spread[1]:.2f} to {spread[2]:.2f})", flush=True)  # fmt: skip
+    keys = ("row", "unit", "ours", "against", "other", "ratio", "ratio_min", "ratio_max")
+    return dict(zip(keys, (title, unit, medians[0], other_name, medians[1], *spread), strict=True))
+
+
+def load(base: str):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
+
+
+def reward_of(text: str, problem: dict) -> float:
+    return verifier.math_reward(text, problem["answer"])
+
+
+def bench_rollout(base: str, runs: int) -> list[dict]:
+    """Completion tokens a second against model.generate: same prompts, group size, temperature and stop rule."""
+    from transformers import GenerationConfig
+
+    model, tokenizer = load(base)
+    problems = tiny.problems(Q, 0, held_out=True)
+    questions = [p["question"] for p in problems]
+    prompts, eos = tokenizer(questions)["input_ids"], tokenizer.eos_token_id
+    tokenizer.padding_side = "left"
+    padded = tokenizer(questions, padding=True, return_tensors="pt")
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=T, num_return_sequences=G,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=eos,
+    )  # fmt: skip
+    seen = {"ours": [], "generate": []}
+
+    def note(name: str, ids, seconds: float) -> float:
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        rewards = [reward_of(text, problems[i // G]) for i, text in enumerate(texts)]
+        lengths = [len(x) for x in ids]
+        seen[name].append((statistics.mean(lengths), max(lengths), statistics.mean(rewards)))
+        return sum(lengths) / seconds
+
+    def ours() -> float:
+        start = time.perf_counter()
+        r = common.sample(model, prompts, G, T, [eos], torch.rand(Q * G, T))
+        seconds = time.perf_counter() - start
+        ids = [row[:n] for row, n in zip(r.completion_ids.tolist(), r.lengths().int().tolist(), strict=True)]
+        return note("ours", ids, seconds)
+
+    def generate() -> float:
+        start = time.perf_counter()
+        out = model.generate(
+            input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], generation_config=config
+        )
+        seconds = time.perf_counter() - start
+        rows = out[:, padded["input_ids"].shape[1] :].tolist()
+        return note("generate", [row[: row.index(eos) + 1] if eos in row else row for row in rows], seconds)
+
+    results = alternate({"ours": ours, "generate": generate}, runs)
+    (length, longest, reward), (other_length, _, other_reward) = (
+        [statistics.mean(x) for x in zip(*seen[name], strict=True)] for name in ("ours", "generate")
+    )
+    print(f"  same work: mean length {length:.2f} and {other_length:.2f} (longest {longest:.1f}), "
+          f"mean reward {reward:.3f} and {other_reward:.3f}")  # fmt: skip
+    assert abs(length - other_length) < 0.1 * length and abs(reward - other_reward) < 0.08
+    return [row("rollout, tiny, 32 x 8", "tokens/s", results["ours"], "generate", results["generate"], True)]
+
+
+def bench_step(base: str, runs: int) -> list[dict]:
+    """Seconds of a whole GRPO step (rollout, verify, score, update) against TRL's trainer at its best batch size."""
+    import datasets
+    from transformers import TrainerCallback
+    from transformers.utils import logging
+    from trl import GRPOConfig, GRPOTrainer
+
+    logging.set_verbosity_error()
+    problems = tiny.problems(1024, 0, held_out=False)
+    answers = {p["question"]: p["answer"] for p in problems}
+
+    def ours(seconds: list[float], steps: int) -> float:
+        model, tokenizer = load(base)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+        scheduler, rewards = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), []
+        for i in range(steps):
+            start = time.perf_counter()
+            rows = problems[i * Q : (i + 1) * Q]
+            prompts = tokenizer([p["question"] for p in rows])["input_ids"]
+            r = common.sample(model, prompts, G, T, [tokenizer.eos_token_id], torch.rand(Q * G, T))
+            ids = [row[:n] for row, n in zip(r.completion_ids.tolist(), r.lengths().int().tolist(), strict=True)]
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            r.rewards = torch.tensor([reward_of(text, rows[j // G]) for j, text in enumerate(texts)])
+            A = grpo.advantages(r.rewards, r.group)
+
+            def objective(new, old, rows, r=r, A=A):
+                return grpo.loss(new, old, A[rows], r.mask[rows]), common.clip_fractions(
+                    (new - old).exp(), A[rows], 0.2, 0.2
+                )
+
+            common.update(model, optimizer, scheduler, r, objective, "sequence", A, 1.0)
+            seconds.append(time.perf_counter() - start)
+            rewards.append(float(r.rewards.mean()))
+        return statistics.mean(rewards)
+
+    def trl(seconds: list[float], steps: int, micro: int) -> float:
+        model, tokenizer = load(base)
+        rewards = []
+
+        def reward(prompts, completions, **_):
+            scores = [verifier.math_reward(c, answers[p]) for p, c in zip(prompts, completions, strict=True)]
+            rewards.append(statistics.mean(scores))
+            return scores
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *args, **keywords):
+                self.start = time.perf_counter()
+
+            def on_step_end(self, *args, **keywords):
+                seconds.append(time.perf_counter() - self.start)
+
+        options = GRPOConfig(
+            output_dir="/tmp/bench-trl", per_device_train_batch_size=micro, gradient_accumulation_steps=Q * G // micro,
+            num_generations=G, max_completion_length=T, max_steps=steps, learning_rate=1e-6, beta=0.0, temperature=1.0,
+            top_k=0, gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, loss_type="grpo", num_iterations=1,
+        )  # fmt: skip
+        data = datasets.Dataset.from_list([{"prompt": p["question"]} for p in problems])
+        GRPOTrainer(model, reward, options, data, processing_class=tokenizer, callbacks=[Clock()]).train()
+        return statistics.mean(rewards)
+
+    steps, results = 6, {"ours": [], "TRL 64": [], "TRL 128": [], "TRL 256": []}
+    for i in range(runs + 1):
+        for name in results:
+            seconds: list[float] = []
+            reward = ours(seconds, steps) if name == "ours" else trl(seconds, steps, int(name.split()[1]))
+            if i:
+                results[name].append(statistics.median(seconds[1:]))
+            else:  # the first round warms up and shows that the work is the same
+                print(f"  same work: {name}, mean reward {reward:.3f}")
+    best = min((name for name in results if name != "ours"), key=lambda name: statistics.median(results[name]))
+    return [row("GRPO step, tiny, 32 x 8", "s", results["ours"], best, results[best], False)]
+
+
+# --- log-probs: one process a measurement, for its peak memory --------------------------------------------------------
+
+
+def head_inputs():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, D), torch.randn(V, D) * 0.02
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, V, (N,)), torch.randn(N)
+
+
+def head_naive(hidden, weight, targets):
+    logp = (hidden @ weight.T).log_softmax(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+
+
+def head_ours(hidden, weight, targets):
+    return common.HeadLogprobs.apply(
+        hidden, weight, None, targets, 1.0, 1.0, None, common.CHUNK_ELEMENTS[hidden.device.type] // V
+    )
+
+
+def head_trl(hidden, weight, targets):
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size
+    from trl.trainer.utils import _ChunkedLogProbFunction as function
+
+    return function.apply(hidden, weight, None, targets, 1.0, size, None, 1.0, ("log_probs", "entropy"))[:2]
+
+
+def memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def watched(work) -> tuple[float, float]:
+    """Seconds and MiB above the start that the process held at its peak."""
+    start_memory, peak, done = memory(), [0], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], memory())
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    done.set()
+    thread.join()
+    return seconds, (peak[0] - start_memory) / 2**20
+
+
+def measure_head(name: str) -> dict:
+    """In a process of its own: log-probs and entropy, forward and backward; 519 MiB of it are the weight's gradient."""
+    hidden, weight, targets, g = head_inputs()
+    out: list = []
+
+    def work():
+        logp, entropy = globals()[f"head_{name}"](hidden, weight, targets)
+        ((g * logp).sum() + 0.1 * entropy.sum()).backward()
+        out.extend([float(logp.detach().sum()), float(entropy.detach().sum())])
+
+    seconds, mib = watched(work)
+    check = [*out, float(hidden.grad.abs().sum()), float(weight.grad.abs().sum())]
+    return {"seconds": seconds, "mib": mib, "check": check}
+
+
+def measure_growth(length: str) -> dict:
+    """In a process of its own: the log-probs of 8 completions in micro-batches of 2,048 tokens, with backward."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    n = int(length)
+    config = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=V, intermediate_size=128, tie_word_embeddings=True, **config))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    B, prompt = 8, torch.randint(0, V, (8, 16))
+    lengths, ids, mask = torch.full((B,), 16), torch.randint(0, V, (B, n)), torch.ones(B, n)
+
+    def work():
+        for rows in common.microbatches(lengths + n, 2048):
+            logp, _ = common.token_logprobs(model, prompt[rows], lengths[rows], ids[rows], mask[rows])
+            logp.sum().backward()
+
+    seconds, mib = watched(work)
+    return {"seconds": seconds, "mib": mib}
+
+
+def in_process(*arguments: str) -> dict:
+    command = [sys.executable, __file__, "--measure", *arguments]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def bench_logprobs(base: str, runs: int) -> list[dict]:
+    """Time and peak memory of log-probs and entropy, forward and backward, from 2,048 hidden states."""
+    names = ["ours", "naive"] + (["trl"] if installed("trl") else [])
+    found = {name: [] for name in names}
+    for _ in range(runs):
+        for name in names:
+            found[name].append(in_process("head", name))
+    for name in names:
+        assert all(
+            abs(a - b) <= 1e-4 * abs(b)
+            for a, b in zip(found[name][0]["check"], found["naive"][0]["check"], strict=True)
+        )
+    print("  same work: sums of log-probs, entropies and both gradients equal to 1e-4")
+    rows = []
+    for other in names[1:]:
+        for key, unit in (("seconds", "s"), ("mib", "MiB")):
+            pair = ([m[key] for m in found[name]] for name in ("ours", other))
+            ours, theirs = pair
+            rows.append(row(f"log-probs and entropy, {N} x {V}", unit, ours, other, theirs, False))
+    if installed("liger_kernel"):
+        print("  Liger: its kernels are Triton's and need a GPU; not measured")
+    return rows
+
+
+def bench_growth(base: str, runs: int) -> list[dict]:
+    """Peak memory of 8 completions of 256 tokens and of 1,024, at one token budget."""
+    short, long = ([in_process("growth", n)["mib"] for _ in range(runs)] for n in ("256", "1024"))
+    grown = (statistics.median(long) - statistics.median(short)) * 2**20 / (8 * (1024 - 256))
+    print(f"  {grown:.0f} bytes for each of the {8 * 768} tokens more; float32 logits would take {4 * V}")
+    return [row("log-probs of 8 x 1,024 tokens", "MiB", long, "8 x 256", short, False)]
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    benches = {"rollout": bench_rollout, "step": bench_step, "logprobs": bench_logprobs, "growth": bench_growth}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=benches, default=list(benches))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--base", default=None, help="checkpoint for rollout and step; without it: the tiny base")
+    parser.add_argument("--out", default=str(Path(__file__).with_name("results.json")))
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        kind, what = args.measure
+        print(json.dumps(measure_head(what) if kind == "head" else measure_growth(what)))
+        return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    base = args.base or str(tiny.base(ROOT / "runs" / "tiny-base"))
+    packages = {p: installed(p) for p in ("torch", "transformers", "trl", "liger_kernel")}
+    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **packages}
+    print(machine)
+    rows = []
+    for name in args.rows:
+        if name == "step" and not packages["trl"]:
+            print("step: TRL is not installed (pip install -r requirements-dev.txt); not measured")
+            continue
+        rows += benches[name](base, args.runs)
+    Path(args.out).write_text(json.dumps({"machine": machine, "command": sys.argv[1:], "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
