@@ -375,20 +375,40 @@ def microbatches(lengths: Tensor, token_budget: int) -> list[Tensor]:
     return batches
 
 
+def scoring_plan(rollout: Rollout, rows: Tensor, token_budget: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Micro-batches of these rows as (distinct [u], rows [b], line [b]). Completions of one prompt that are the same,
+    common where the policy is sure, are scored once: rows[i]'s log-probs are those of distinct[line[i]]."""
+    if len(rows) == 0:
+        return []
+    tokens = torch.where(rollout.mask[rows] > 0, rollout.completion_ids[rows], -1)
+    _, kind = torch.cat([rollout.group[rows, None], tokens], 1).unique(dim=0, return_inverse=True)  # [n]
+    first = torch.full((int(kind.max()) + 1,), len(rows), device=rows.device)
+    first = first.scatter_reduce(0, kind, torch.arange(len(rows), device=rows.device), "amin")  # a row of each kind
+    plan, lengths = [], (rollout.prompt_lengths + rollout.lengths())[rows]
+    for kinds in microbatches(lengths[first], token_budget):
+        line = torch.full_like(first, -1)
+        line[kinds] = torch.arange(len(kinds), device=rows.device)
+        here = line[kind] >= 0
+        plan.append((rows[first[kinds]], rows[here], line[kind][here]))
+    return plan
+
+
+def score_batch(model, r: Rollout, distinct: Tensor, line: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """token_logprobs of one of the plan's micro-batches. Two [b, T]."""
+    inputs = (x[distinct] for x in (r.prompt_ids, r.prompt_lengths, r.completion_ids, r.mask))
+    with autocast(model.device):
+        logprobs, entropy = token_logprobs(model, *inputs, temperature)
+    return logprobs[line], entropy[line]
+
+
+@torch.no_grad()
 def score(model, rollout: Rollout, temperature: float, token_budget: int) -> tuple[Tensor, Tensor]:
     """token_logprobs of a whole Rollout, without gradients, in micro-batches. Two [B, T]."""
     logprobs, entropy = torch.zeros_like(rollout.mask), torch.zeros_like(rollout.mask)
-    with torch.no_grad(), autocast(model.device):
-        for rows in microbatches(rollout.prompt_lengths + rollout.lengths(), token_budget):
-            logprobs[rows], entropy[rows] = _score_rows(model, rollout, rows, temperature)
+    everything = torch.arange(len(rollout), device=rollout.mask.device)
+    for distinct, rows, line in scoring_plan(rollout, everything, token_budget):
+        logprobs[rows], entropy[rows] = score_batch(model, rollout, distinct, line, temperature)
     return logprobs, entropy
-
-
-def _score_rows(model, rollout: Rollout, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    r = rollout
-    return token_logprobs(
-        model, r.prompt_ids[rows], r.prompt_lengths[rows], r.completion_ids[rows], r.mask[rows], temperature
-    )
 
 
 # --- the update -------------------------------------------------------------------------------------------------------
@@ -444,25 +464,21 @@ def update(
     norms = []
     everything = torch.arange(len(rollout), device=rollout.mask.device)
     shares = [rows for rows in everything.chunk(minibatches) if len(rows)]
-    lengths = rollout.prompt_lengths + rollout.lengths()
     scored = torch.ones_like(rollout.finished) if active is None else (active != 0).view(len(rollout), -1).any(1)
-    plan = []  # for each optimizer step, the rows of its micro-batches
-    for rows in (share[scored[share]] for share in shares):
-        plan.append([rows[batch] for batch in microbatches(lengths[rows], token_budget)])
+    plans = [scoring_plan(rollout, share[scored[share]], token_budget) for share in shares]
     old = torch.zeros_like(rollout.mask)
-    if len(plan) > 1:  # later minibatches meet a policy that has moved, so score all of them now, in the same layout
-        with torch.no_grad(), autocast(model.device):
-            for rows in (rows for share in plan for rows in share):
-                old[rows] = _score_rows(model, rollout, rows, temperature)[0]
+    if len(plans) > 1:  # later minibatches meet a policy that has moved, so score all of them now, in the same layout
+        with torch.no_grad():
+            for distinct, rows, line in (batch for plan in plans for batch in plan):
+                old[rows], _ = score_batch(model, rollout, distinct, line, temperature)
 
     model.train()
-    for share, rows_of_share in zip(plan, shares, strict=True):
+    for share, plan in zip(shares, plans, strict=True):
         weights = torch.zeros_like(rollout.mask)
-        weights[rows_of_share] = loss_weights(rollout.mask[rows_of_share], reduction)
-        for rows in share:
-            with autocast(model.device):
-                logprobs, _ = _score_rows(model, rollout, rows, temperature)
-            if len(plan) == 1:
+        weights[share] = loss_weights(rollout.mask[share], reduction)
+        for distinct, rows, line in plan:
+            logprobs, _ = score_batch(model, rollout, distinct, line, temperature)
+            if len(plans) == 1:
                 old[rows] = logprobs.detach()
             per_token, extra = objective(logprobs, old[rows], rows)
             loss = (per_token * weights[rows]).sum()
@@ -476,7 +492,7 @@ def update(
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)  # no need for this memory while sampling
 
-    per = {"loss": max(1, len(plan)), "sampling_logp_difference": max(1.0, float(rollout.mask[scored].sum()))}
+    per = {"loss": max(1, len(plans)), "sampling_logp_difference": max(1.0, float(rollout.mask[scored].sum()))}
     metrics = {k: v / per.get(k, max(1.0, float(rollout.mask.sum()))) for k, v in sums.items()}
     return {"loss": 0.0, **metrics, "grad_norm": sum(norms) / max(1, len(norms)), "lr": scheduler.get_last_lr()[0]}
 

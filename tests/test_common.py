@@ -280,7 +280,21 @@ def test_rows_without_advantage_need_no_scoring(loaded, minibatches):
     skipping = stepped(loaded, None, minibatches, skip=True, seen=seen, token_budget=1, rewards=rewards)
     scoring = stepped(loaded, None, minibatches, seen=all_seen, token_budget=1, rewards=rewards)
     assert_same_step(skipping, scoring)
-    assert len(seen) == 12 and len(all_seen) == 24
+    assert 0 < len(seen) < len(all_seen) <= 24
+
+
+def test_equal_completions_of_a_prompt_are_scored_once_and_count_as_often_as_they_came(loaded):
+    r = rollout_of(*loaded, questions=["1+2?", "3+4?"])
+    r = r.select(torch.tensor([0, 1, 0, 0, 4, 5, 6, 1]))
+    plan = common.scoring_plan(r, torch.arange(8), 10**6)
+    (distinct, rows, line), *more = plan
+    texts = {(int(g), tuple(ids[m > 0].tolist())) for g, ids, m in zip(r.group, r.completion_ids, r.mask, strict=True)}
+    assert not more and len(distinct) == len(texts) < 6 and rows.tolist() == list(range(8))
+    assert torch.equal(r.completion_ids[distinct][line], r.completion_ids)
+    assert torch.equal(r.group[distinct][line], r.group)
+    logprobs, entropy = common.score(loaded[0], r, 1.0, 20)
+    torch.testing.assert_close(logprobs, r.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, r.entropy, atol=1e-5, rtol=1e-5)
 
 
 def test_the_first_ratio_is_exactly_one_and_later_ones_are_not(loaded):
