@@ -13,9 +13,12 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+
+import fast
 
 # Logits are computed for so many elements (tokens x vocabulary) at a time: 64 MiB of float32, or 512 MiB on a GPU,
 # which needs larger products to be busy.
@@ -115,6 +118,17 @@ def pick(probs: Tensor, node: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
 
 
+def draw(model, hidden: Tensor, node: Tensor, uniforms: Tensor | None, temperature: float):
+    """The next token of each row, its log-prob, and the entropy of the distribution it came from, three [b].
+
+    hidden: [n, D] last hidden state of each node; node: [b] each row's; uniforms: [b], or None for the most probable.
+    """
+    logp = head_logits(model, hidden, temperature).log_softmax(-1)  # [n, V]
+    probs = logp.exp()
+    token = logp.argmax(-1)[node] if uniforms is None else pick(probs, node, uniforms)
+    return token, logp[node, token], torch.special.entr(probs).sum(-1)[node]
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -138,7 +152,7 @@ def sample(
     prompts to the distinct unfinished completions, which are few where the policy is sure. Nodes without rows stay
     until they are more than 1 - drop_below of the batch, for moving the cache costs time.
 
-    fixed: decode_fixed instead, the same samples from fixed shapes; None: on a GPU, where the model allows it.
+    fixed: fast.decode_fixed instead, the same samples from fixed shapes; None: on a GPU, where the model allows it.
     """
     model.eval()  # also because gradient checkpointing in train mode turns the cache off without a word
     device, Q, B, T = model.device, len(prompts), len(prompts) * group_size, max_new_tokens
@@ -181,23 +195,23 @@ def sample(
             plain = model.config._attn_implementation == "sdpa" and not any(layer.is_sliding for layer in cache.layers)
             fixed = device.type == "cuda" and plain
         if fixed:
-            decode_fixed(model, r, hidden, cache, attend[:, :P], uniforms, eos, temperature)
+            fast.decode_fixed(
+                model, r, hidden, cache, attend[:, :P], uniforms, eos, partial(draw, temperature=temperature)
+            )
             return r
         for t in range(T):
-            logp = head_logits(model, hidden, temperature).log_softmax(-1)  # [n, V]
-            probs, n = logp.exp(), len(logp)
-            token = logp.argmax(-1)[node] if uniforms is None else pick(probs, node, uniforms[rows, t])  # [b]
+            uniform = None if uniforms is None else uniforms[rows, t]
+            token, r.logprobs[rows, t], r.entropy[rows, t] = draw(model, hidden, node, uniform, temperature)
             r.completion_ids[rows, t] = token
             r.mask[rows, t] = 1.0
-            r.logprobs[rows, t] = logp[node, token]
-            r.entropy[rows, t] = torch.special.entr(probs).sum(-1)[node]
             ended = torch.isin(token, eos)
             r.finished[rows[ended]] = True
             rows, node, token = rows[~ended], node[~ended], token[~ended]
             if len(rows) == 0 or t == T - 1:
                 break
-            edges, edge = (node * logp.shape[1] + token).unique(return_inverse=True)  # distinct (node, token), sorted
-            parents, tokens = edges // logp.shape[1], edges % logp.shape[1]
+            n, V = len(hidden), int(token.max()) + 1
+            edges, edge = (node * V + token).unique(return_inverse=True)  # distinct (node, token), sorted
+            parents, tokens = edges // V, edges % V
             if len(edges) < drop_below * n or (parents[1:] == parents[:-1]).any():
                 cache.batch_select_indices(parents)
                 attend, lengths, node = attend[parents], lengths[parents], edge
@@ -207,126 +221,7 @@ def sample(
     return r
 
 
-def decode_fixed(
-    model, r: Rollout, hidden: Tensor, prefilled, attend: Tensor, uniforms, eos: Tensor, temperature
-) -> None:
-    """`sample`'s loop with one line a row and a cache of full size: nothing changes its shape, so on a GPU one step is
-    captured as a CUDA graph and replayed, which saves the launches that decoding is otherwise made of. Fills in `r`.
-
-    hidden: [Q, D] of the last prompt token; prefilled: the prompts' cache; attend: [Q, P].
-    """
-    from transformers import StaticCache
-
-    (B, T), P = r.mask.shape, attend.shape[1]
-    cache = StaticCache(config=model.config, max_cache_len=P + T)
-    for i, layer in enumerate(prefilled.layers):
-        cache.update(layer.keys[r.group], layer.values[r.group], i)
-    visible = torch.zeros(B, 1, 1, P + T, dtype=torch.bool, device=attend.device)
-    visible[:, 0, 0, :P] = attend[r.group] > 0
-    hidden, t = hidden[r.group], torch.zeros(1, dtype=torch.long, device=attend.device)
-    every = torch.arange(B, device=attend.device)
-
-    def step() -> None:
-        logp = head_logits(model, hidden, temperature).log_softmax(-1)  # [B, V]
-        probs = logp.exp()
-        token = logp.argmax(-1) if uniforms is None else pick(probs, every, uniforms.index_select(1, t).squeeze(1))
-        alive = (~r.finished).float()
-        r.completion_ids.index_copy_(1, t, token[:, None])
-        r.mask.index_copy_(1, t, alive[:, None])
-        r.logprobs.index_copy_(1, t, logp.gather(1, token[:, None]) * alive[:, None])
-        r.entropy.index_copy_(1, t, (torch.special.entr(probs).sum(-1) * alive)[:, None])
-        r.finished.logical_or_(torch.isin(token, eos))
-        visible.index_fill_(3, P + t, True)
-        output = model.base_model(
-            input_ids=token[:, None], attention_mask=visible, position_ids=(r.prompt_lengths + t)[:, None],
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
-        hidden.copy_(output.last_hidden_state[:, -1])
-        t.add_(1)
-
-    step()  # outside the graph: it also fills autocast's cache of bf16 weights, which the graph then reads
-    advance = step
-    if attend.is_cuda and T > 1:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            step()
-        advance = graph.replay
-    for n in range(1, T):
-        if n % 16 == 0 and bool(r.finished.all()):  # seldom, because asking waits for the GPU
-            break
-        advance()
-
-
 # --- log-probs and entropy --------------------------------------------------------------------------------------------
-
-
-class HeadLogprobs(torch.autograd.Function):
-    """hidden [N, D], targets [N] -> log-prob of the targets and entropy, two [N], both differentiable.
-
-    Works on chunks of tokens and computes their logits again in the backward pass, so that one chunk's logits (and
-    what is made of them in place) are all that ever exists of tokens x vocabulary. Autograd's checkpoint does the same
-    with several such buffers a chunk, and a fresh weight gradient for each.
-
-        log p = z - logsumexp(z),   H = -sum_v p log p
-        d/dz  = g_logp (onehot - p) - g_H p (log p + H)          chained through temperature, soft cap and scale
-    """
-
-    @staticmethod
-    def logits(ctx, hidden, weight, bias):  # [n, V] in float32 over temperature, and the slope of the soft cap
-        z = torch.nn.functional.linear(hidden, weight, bias).float().mul_(ctx.scale)
-        slope = None
-        if ctx.cap:
-            z.div_(ctx.cap).tanh_()
-            slope = 1 - z * z
-            z.mul_(ctx.cap)
-        return z.div_(ctx.temperature), slope
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, scale, cap, chunk):
-        ctx.set_materialize_grads(False)  # no gradient for the entropy means no work for it
-        ctx.temperature, ctx.scale, ctx.cap, ctx.chunk = temperature, scale, cap, chunk
-        kind = hidden.device.type
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        N = len(hidden)
-        logp, entropy, norm = (torch.empty(N, device=hidden.device) for _ in range(3))
-        with torch.autocast(kind, enabled=False):
-            low, low_bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-            for part in (slice(i, i + chunk) for i in range(0, N, chunk)):
-                z, _ = HeadLogprobs.logits(ctx, hidden[part].to(ctx.dtype), low, low_bias)
-                norm[part] = z.logsumexp(-1)
-                logp[part] = z.gather(1, targets[part, None]).squeeze(1) - norm[part]
-                z.sub_(norm[part, None])
-                entropy[part] = -torch.einsum("nv,nv->n", z.exp(), z.clamp_(min=-1e30))  # 0 log 0 is 0
-        ctx.save_for_backward(hidden, weight, bias, targets, norm, entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, g_logp, g_entropy):
-        hidden, weight, bias, targets, norm, entropy = ctx.saved_tensors
-        d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        d_bias = None if bias is None else torch.zeros_like(bias)
-        g_logp = torch.zeros_like(norm) if g_logp is None else g_logp
-        low, low_bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        for part in (slice(i, i + ctx.chunk) for i in range(0, len(hidden), ctx.chunk)):
-            h, g = hidden[part].to(ctx.dtype), g_logp[part, None]
-            z, slope = HeadLogprobs.logits(ctx, h, low, low_bias)
-            z.sub_(norm[part, None])  # log p
-            if g_entropy is None:
-                z.exp_().mul_(-g)
-            else:
-                p = z.exp()
-                z.clamp_(min=-1e30).add_(entropy[part, None]).mul_(g_entropy[part, None]).add_(g).mul_(p).neg_()
-            z.scatter_add_(1, targets[part, None], g).mul_(ctx.scale / ctx.temperature)
-            z = (z if slope is None else z.mul_(slope)).to(ctx.dtype)
-            d_hidden[part] = (z @ low).to(d_hidden.dtype)
-            if ctx.dtype == d_weight.dtype:
-                d_weight.addmm_(z.T, h)
-            else:
-                d_weight += z.T @ h
-            if bias is not None:
-                d_bias += z.sum(0)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 def token_logprobs(
@@ -355,7 +250,7 @@ def token_logprobs(
     row, t = mask.nonzero(as_tuple=True)  # [N] the real tokens; the one at t is predicted from the place before it
     head = model.get_output_embeddings()
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS[mask.device.type] // head.weight.shape[0])
-    logprobs, entropy = HeadLogprobs.apply(
+    logprobs, entropy = fast.HeadLogprobs.apply(
         hidden[row, prompt_lengths[row] + t - 1], head.weight, getattr(head, "bias", None), completion_ids[row, t],
         temperature, *head_factors(model), chunk,
     )  # fmt: skip

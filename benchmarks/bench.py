@@ -10,6 +10,8 @@ times depend on the machine and the hour. Liger's kernels and the rows named gpu
 """
 
 import argparse
+import contextlib
+import io
 import json
 import platform
 import statistics
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common
+import fast
 import grpo
 import tiny
 import verifier
@@ -173,7 +176,8 @@ def bench_step(base: str, runs: int) -> list[dict]:
             save_strategy="no", logging_strategy="no", disable_tqdm=True, loss_type="grpo", num_iterations=1,
         )  # fmt: skip
         data = datasets.Dataset.from_list([{"prompt": p["question"]} for p in problems])
-        GRPOTrainer(model, reward, options, data, processing_class=tokenizer, callbacks=[Clock()]).train()
+        with contextlib.redirect_stdout(io.StringIO()):
+            GRPOTrainer(model, reward, options, data, processing_class=tokenizer, callbacks=[Clock()]).train()
         return statistics.mean(rewards)
 
     steps, results = 6, {"ours": [], "TRL 64": [], "TRL 128": [], "TRL 256": []}
@@ -204,7 +208,7 @@ def head_naive(hidden, weight, targets):
 
 
 def head_ours(hidden, weight, targets):
-    return common.HeadLogprobs.apply(
+    return fast.HeadLogprobs.apply(
         hidden, weight, None, targets, 1.0, 1.0, None, common.CHUNK_ELEMENTS[hidden.device.type] // V
     )
 

@@ -1,0 +1,200 @@
+"""Problems to train and to evaluate on, and the model that is asked them.
+
+Rows are {"question", "answer"}; `answer` is what verifier.gold_answer reads: GSM8K's text with `####`, a MATH solution
+with \\boxed{}, or the bare answer. `datasets` and transformers load everything, and are imported where they are used.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+import common
+import tiny
+import verifier
+
+QUESTION_COLUMNS = ("question", "problem", "prompt")
+ANSWER_COLUMNS = ("answer", "reward_model", "solution")  # DAPO-Math-17k keeps its gold inside `reward_model`
+
+
+def fail(message: str):
+    """Ends the program with one line on stderr and exit status 2: for what the user can put right."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str, device: torch.device, trust_remote_code: bool = False, gradient_checkpointing: bool = False):
+    """A causal LM with float32 weights and its tokenizer, from the hub or a folder. Weights come from safetensors
+    alone, and code that a checkpoint brings along is not run unless `trust_remote_code`."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)  # with dropout, the policy that is scored is not the one that sampled
+        options = dict(config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(name, **options).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        common.check_head(model)
+    except Exception as error:  # of any class: OSError, SafetensorError, JSONDecodeError ...
+        where = "is not a folder here, and the hub gave: " if not Path(name).exists() else "cannot be used: "
+        hint = " Give a local folder instead if the hub is out of reach." if not Path(name).exists() else ""
+        fail(f"--model {name} {where}{first_line(error)}{hint}")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, tokenizer
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """The ids that end a completion: the tokenizer's EOS and those of the model's generation_config."""
+    ids = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    if not ids:
+        fail("--model: neither its tokenizer nor its generation_config names an end-of-sequence token")
+    return sorted(ids)
+
+
+def prompt_ids(tokenizer, question: str, system: str, template: str) -> list[int]:
+    """The question as the model is asked it: a system and a user turn of its chat template, or else `template`."""
+    if not tokenizer.chat_template:
+        return tokenizer(template.format(question=question))["input_ids"]
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    options = dict(add_generation_prompt=True, return_dict=False)
+    try:
+        return tokenizer.apply_chat_template(turns[not system :], **options)
+    except Exception as error:  # jinja2's; Gemma's template, for one, has no system turn
+        if "system" not in str(error).lower():
+            raise
+        return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{question}"}], **options)
+
+
+# --- the problems -----------------------------------------------------------------------------------------------------
+
+
+def open_dataset(flag: str, name: str, config: str | None, split: str):
+    """One split of a hub data set, a JSON, JSON Lines or Parquet file, or a folder; None if there is no such split."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path, kinds = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    try:
+        if path.is_file():
+            if path.suffix not in kinds:
+                fail(f"{flag} {name}: a file must end in {', '.join(kinds)}")
+            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = datasets.load_from_disk(name)
+            if isinstance(saved, datasets.DatasetDict):
+                return saved.get(split)
+            return saved
+        if not config and not path.exists():
+            names = datasets.get_dataset_config_names(name)
+            config = next((c for c in ("main", "default") if c in names), names[0])
+        if split not in datasets.get_dataset_split_names(name, config):
+            return None
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # of any class: DatasetNotFoundError, ConnectionError, ArrowInvalid ...
+        hint = "" if path.exists() else " Give a local file or folder instead if the hub is out of reach."
+        fail(f"{flag} {name} cannot be loaded: {first_line(error)}{hint}")
+
+
+def as_rows(flag: str, dataset, question: str | None, answer: str | None) -> list[dict]:
+    """Rows of a data set whose columns have known names, or those given. A row without one of the two is refused."""
+    columns = dataset.column_names
+    question = question or next((c for c in QUESTION_COLUMNS if c in columns), None)
+    answer = answer or next((c for c in ANSWER_COLUMNS if c in columns), None)
+    for option, column in (("--question-column", question), ("--answer-column", answer)):
+        if column not in columns:
+            fail(f"{flag}: name one of its columns ({', '.join(columns)}) with {option}")
+    rows = []
+    for number, row in enumerate(dataset, 1):
+        q, a = row[question], row[answer]
+        if isinstance(q, list):  # a chat: what the user says last
+            q = next((turn["content"] for turn in reversed(q) if turn.get("role") == "user"), None)
+        if isinstance(a, dict):
+            a = a.get("ground_truth")
+        if q is None or a is None or not str(q).strip():
+            fail(f"{flag}, line {number}: no {'answer' if a is None else 'question'} in its column")
+        rows.append({"question": str(q), "answer": str(a)})
+    return rows
+
+
+def usable(flag: str, rows: list[dict]) -> list[dict]:
+    """Each question once, and only answers that equal themselves; says what was dropped."""
+    rows = list({row["question"]: row for row in rows}.values())
+    good = [row for row in rows if verifier.verifiable(row["answer"])]
+    if bad := [row for row in rows if row not in good] if len(good) < len(rows) else []:
+        shown = "; ".join(repr(verifier.gold_answer(row["answer"])[:40]) for row in bad[:3])
+        print(f"{flag}: {len(bad)} of {len(rows)} rows dropped, their answers cannot be verified: {shown}")
+    if not good:
+        fail(f"{flag}: none of its {len(rows)} rows has an answer that can be verified")
+    return good
+
+
+def load_rows(cfg) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and at most eval_rows to evaluate on, without a question in common.
+
+    Evaluation rows come from --eval-dataset, else from the --eval-split of the data set, else they are held out.
+    """
+    if cfg.dataset == "arithmetic":
+        return tiny.problems(8192, cfg.seed, held_out=False), tiny.problems(cfg.eval_rows, 0, held_out=True)
+    columns, flag = (cfg.question_column, cfg.answer_column), f"--dataset {cfg.dataset}"
+    train = open_dataset("--dataset", cfg.dataset, cfg.dataset_config, cfg.train_split)
+    if train is None:
+        fail(f"{flag}: no split {cfg.train_split!r}; name one with --train-split")
+    train = usable(flag, as_rows(flag, train, *columns))
+    random.Random(0).shuffle(train)
+    if not cfg.eval_rows:
+        return train, []
+    if cfg.eval_dataset == "arithmetic":
+        held = tiny.problems(cfg.eval_rows, 0, held_out=True)
+    elif cfg.eval_dataset or not Path(cfg.dataset).is_file():
+        other, flag = cfg.eval_dataset or cfg.dataset, f"--eval-dataset {cfg.eval_dataset or cfg.dataset}"
+        held = open_dataset("--eval-dataset", other, None if cfg.eval_dataset else cfg.dataset_config, cfg.eval_split)
+        if held is None and cfg.eval_dataset:
+            fail(f"{flag}: no split {cfg.eval_split!r}; name one with --eval-split")
+        held = held and usable(flag, as_rows(flag, held, *columns))
+    else:
+        held = None
+    if not held:
+        held, train = train[: cfg.eval_rows], train[cfg.eval_rows :]
+    random.Random(0).shuffle(held)
+    held = held[: cfg.eval_rows]
+    asked = {" ".join(row["question"].split()) for row in held}
+    kept = [row for row in train if " ".join(row["question"].split()) not in asked]
+    if len(kept) < len(train):
+        print(f"--dataset: {len(train) - len(kept)} rows dropped, their questions are also among those to evaluate on")
+    if not kept:
+        fail(f"--dataset {cfg.dataset}: no rows are left to train on beside --eval-rows {cfg.eval_rows}")
+    return kept, held
+
+
+def encode(cfg, tokenizer, rows: list[dict], limit: float) -> list[dict]:
+    """Adds "prompt_ids" to rows; drops those too long for --max-prompt-tokens or the model's `limit` of positions."""
+    longest = min(cfg.max_prompt_tokens, limit - cfg.max_new_tokens)
+    if longest < 1:
+        fail(f"--max-new-tokens {cfg.max_new_tokens}: no room for a prompt in the model's {limit} positions")
+    rows = [
+        {**row, "prompt_ids": prompt_ids(tokenizer, row["question"], cfg.system, cfg.prompt_template)} for row in rows
+    ]
+    kept = [row for row in rows if len(row["prompt_ids"]) <= longest]
+    if len(kept) < len(rows):
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} rows dropped, their prompts are longer than {longest:.0f} tokens"
+        )
+    if rows and not kept:
+        shortest = min(len(row["prompt_ids"]) for row in rows)
+        fail(f"every prompt is longer than {longest:.0f} tokens (the shortest has {shortest}): "
+             "give a larger --max-prompt-tokens or a smaller --max-new-tokens")  # fmt: skip
+    return kept
