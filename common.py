@@ -356,10 +356,14 @@ def update(
     Rows that are zero throughout are not scored, but do count in the means.
     """
     sums: dict[str, float] = {}
-    norms = []
+    norms, skipped = [], 0
     everything = torch.arange(len(rollout), device=rollout.mask.device)
     shares = [rows for rows in everything.chunk(minibatches) if len(rows)]
-    scored = torch.ones_like(rollout.finished) if active is None else (active != 0).view(len(rollout), -1).any(1)
+    scored = (
+        torch.ones_like(rollout.finished)
+        if active is None
+        else (active.view(len(rollout), *active.shape[1:] or (1,)) != 0).any(1)
+    )
     plans = [scoring_plan(rollout, share[scored[share]], token_budget) for share in shares]
     old = torch.zeros_like(rollout.mask)
     if len(plans) > 1:  # later minibatches meet a policy that has moved, so score all of them now, in the same layout
@@ -383,12 +387,16 @@ def update(
                 sums[name] = sums.get(name, 0.0) + float((value.detach() * rollout.mask[rows]).sum())
             sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
-        optimizer.step()
-        scheduler.step()
+        if math.isfinite(norms[-1]) and math.isfinite(sums.get("loss", 0.0)):
+            optimizer.step()
+            scheduler.step()
+        else:
+            skipped += 1  # the weights are still good: do not let one bad batch into them
         optimizer.zero_grad(set_to_none=True)  # no need for this memory while sampling
 
     per = {"loss": max(1, len(plans)), "sampling_logp_difference": max(1.0, float(rollout.mask[scored].sum()))}
     metrics = {k: v / per.get(k, max(1.0, float(rollout.mask.sum()))) for k, v in sums.items()}
+    metrics["skipped_updates"] = skipped
     return {"loss": 0.0, **metrics, "grad_norm": sum(norms) / max(1, len(norms)), "lr": scheduler.get_last_lr()[0]}
 
 
@@ -401,17 +409,27 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(generate: Callable[[int, bool], Rollout], k: int) -> dict[str, float]:
-    """Accuracy on one set of problems. generate(group_size, greedy) returns their completions with rewards filled in.
+def bootstrap(values: Tensor, draws: int = 1000) -> tuple[float, float]:
+    """95% interval of the mean of values [n], from `draws` samples of n of them with replacement; seeded."""
+    picks = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
 
-    greedy: share of problems whose most probable completion is right. mean@k: share of right ones among k samples.
-    pass@j for j = 1, 2, 4 ... k. truncated: share cut off at the limit. length: mean, in tokens.
+
+def evaluate(greedy: Rollout, sampled: Rollout, k: int) -> dict[str, float | tuple[float, float]]:
+    """Accuracy on one set of problems, from their verified completions: the most probable one, and k samples of each.
+
+    greedy: share of problems whose most probable completion is right. mean@k: share of right ones among the samples.
+    pass@j for j = 1, 2, 4 ... k. Beside each of these NAME stands NAME_ci, its 95% bootstrap interval over problems.
+    truncated: share of samples cut off at the limit. length: their mean, in tokens.
     """
-    greedy, sampled = generate(1, True), generate(k, False)
-    correct = (sampled.rewards > 0.5).view(-1, k).sum(1).tolist()
-    result = {"greedy": float((greedy.rewards > 0.5).float().mean()), f"mean@{k}": sum(correct) / (k * len(correct))}
-    for j in [2**i for i in range(k.bit_length()) if 2**i <= k]:
-        result[f"pass@{j}"] = sum(pass_at_k(k, c, j) for c in correct) / len(correct)
+    right = (sampled.rewards > 0.5).view(-1, k).sum(1).tolist()
+    values = {"greedy": (greedy.rewards > 0.5).float().cpu(), f"mean@{k}": torch.tensor(right) / k}
+    for j in (2**i for i in range(k.bit_length())):
+        values[f"pass@{j}"] = torch.tensor([pass_at_k(k, c, j) for c in right])
+    result = {}
+    for name, value in values.items():
+        result |= {name: float(value.mean()), f"{name}_ci": bootstrap(value)}
     result["truncated"] = float((~sampled.finished).float().mean())
     result["length"] = float(sampled.lengths().mean())
     return result

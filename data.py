@@ -5,7 +5,6 @@ with \\boxed{}, or the bare answer. `datasets` and transformers load everything,
 """
 
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -13,18 +12,14 @@ import torch
 import common
 import tiny
 import verifier
+from options import fail
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "reward_model", "solution")  # DAPO-Math-17k keeps its gold inside `reward_model`
 
 
-def fail(message: str):
-    """Ends the program with one line on stderr and exit status 2: for what the user can put right."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def first_line(error: BaseException) -> str:
+    error = error.__cause__ or error  # `datasets` wraps what was wrong
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -87,6 +82,7 @@ def open_dataset(flag: str, name: str, config: str | None, split: str):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, in one line
     path, kinds = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     try:
         if path.is_file():
@@ -98,7 +94,7 @@ def open_dataset(flag: str, name: str, config: str | None, split: str):
             if isinstance(saved, datasets.DatasetDict):
                 return saved.get(split)
             return saved
-        if not config and not path.exists():
+        if not config:
             names = datasets.get_dataset_config_names(name)
             config = next((c for c in ("main", "default") if c in names), names[0])
         if split not in datasets.get_dataset_split_names(name, config):
@@ -133,8 +129,9 @@ def as_rows(flag: str, dataset, question: str | None, answer: str | None) -> lis
 def usable(flag: str, rows: list[dict]) -> list[dict]:
     """Each question once, and only answers that equal themselves; says what was dropped."""
     rows = list({row["question"]: row for row in rows}.values())
-    good = [row for row in rows if verifier.verifiable(row["answer"])]
-    if bad := [row for row in rows if row not in good] if len(good) < len(rows) else []:
+    verdicts = [verifier.verifiable(row["answer"]) for row in rows]
+    good, bad = ([row for row, v in zip(rows, verdicts, strict=True) if v is side] for side in (True, False))
+    if bad:
         shown = "; ".join(repr(verifier.gold_answer(row["answer"])[:40]) for row in bad[:3])
         print(f"{flag}: {len(bad)} of {len(rows)} rows dropped, their answers cannot be verified: {shown}")
     if not good:

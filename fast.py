@@ -74,8 +74,8 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 def decode_fixed(model, r, hidden: Tensor, prefilled, attend: Tensor, uniforms, eos: Tensor, draw) -> None:
-    """common.sample's loop with one line a row and a cache of full size: nothing changes its shape, so on a GPU one step
-    is captured as a CUDA graph and replayed, which saves the launches that decoding otherwise waits for. Fills in `r`.
+    """common.sample's loop with one line a row and a cache of full size. Nothing changes shape, so on a GPU a step is
+    captured as a CUDA graph and replayed, which saves the launches that decoding otherwise waits for. Fills in `r`.
 
     r: a common.Rollout with zeros; hidden: [Q, D] of the last prompt token; prefilled: the prompts' cache;
     attend: [Q, P]; draw(model, hidden, node, uniforms) -> token, log-prob, entropy.

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from run import Run, RunConfig, option, parse
+from options import RunConfig, option, parse
+from run import Run
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""What every run needs around its method: options, model and data, the run folder, metrics, progress.
+"""What every run needs around its method: the run folder, checkpoints, metrics, evaluation, progress.
 
-A script extends `RunConfig` with its own options and loops over `Run.steps()`:
+A script extends `options.RunConfig` with its own options and loops over `Run.steps()`:
 
     cfg = parse(Config, __doc__)
     with Run(cfg) as run:
@@ -11,138 +11,334 @@ A script extends `RunConfig` with its own options and loops over `Run.steps()`:
             metrics = run.update(rollout, objective, reduction, advantages)
             run.log(rollout, metrics)
 
-A run leaves in runs/<name>/: config.json, metrics.jsonl (a line a step, the same bytes for the same seed on a CPU),
-timing.jsonl (seconds a step), completions.jsonl, eval.jsonl, the trained model in model/, and curves.png.
-Exit status: 0 done; 2 the options or the input are wrong, and nothing was written; 130 Ctrl-C, with everything saved.
+A run leaves in runs/<name>/: config.json; metrics.jsonl, a line a step, the same bytes for the same seed on a CPU;
+timing.jsonl, seconds a step; completions.jsonl; eval.json, eval.csv and eval_completions.jsonl; the trained model in
+model/; checkpoint-N/, from which --resume goes on; curves.png.
+
+Exit status: 0 done; 1 stopped by itself (disk full, updates that are not finite); 2 the options or the input are wrong,
+and nothing was written; 130 Ctrl-C, 143 SIGTERM, both after the step in hand, with everything saved.
 """
 
-import argparse
+import csv
 import dataclasses
+import errno
+import importlib.util
 import json
 import math
 import os
 import random
+import shutil
+import signal
 import sys
 import time
-import typing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import common
+import data
 import tiny
 import verifier
 from common import Rollout
+from options import RunConfig, fail
+
+BAD_UPDATES = 3  # so many in a row that are not finite end the run
 
 
-def fail(message: str):
-    """Ends the program with one line on stderr and exit status 2: for what the user can put right."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+class Run:
+    """Everything that lives as long as a run: model, optimizer, data and the files that it writes."""
 
+    def __init__(self, cfg: RunConfig):
+        self.cfg, out = cfg, Path(cfg.out)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not os.access(out, os.W_OK):
+                raise PermissionError("not writable")
+        except OSError as error:
+            fail(f"--out {out}: {error.strerror or error}")
+        if cfg.name and not cfg.resume and (out / cfg.name).exists():
+            fail(f"--name {cfg.name}: {out / cfg.name} exists already; choose another, or --resume it")
+        if cfg.track != "none" and not importlib.util.find_spec(cfg.track):
+            fail(f"--track {cfg.track}: the package {cfg.track} is not installed")
+        checkpoint = last_checkpoint(Path(cfg.resume)) if cfg.resume else None
 
-# --- options ----------------------------------------------------------------------------------------------------------
+        torch.manual_seed(cfg.seed)
+        try:
+            self.source = cfg.model or str(tiny.base(out / "tiny-base"))
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        self.model, self.tokenizer = self.load(str(checkpoint or self.source))
+        self.eos_ids = data.stop_ids(self.model, self.tokenizer)
+        # The defaults that depend on what is trained, and where; config.json holds what came of them.
+        small = sum(p.numel() for p in self.model.parameters()) < 10_000_000
+        cfg.lr = cfg.lr or (2e-4 if small else 1e-6)
+        cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.dataset == "arithmetic" else 512)
+        cfg.token_budget = cfg.token_budget or (16384 if self.device.type == "cuda" else 2048)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
+        rows = data.load_rows(cfg)
+        self.train_rows, self.eval_rows = (data.encode(cfg, self.tokenizer, side, limit) for side in rows)
+        check_memory(cfg, self.model, max(len(row["prompt_ids"]) for row in self.train_rows))
 
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+        warmup = max(1, cfg.warmup_steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup))
+        self.uniforms = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
+        self.step = self.position = self.bad_updates = 0  # position: training prompts drawn so far
+        self.seconds: dict[str, float] = {}
+        self.evaluations: list[dict] = []
+        self.reference, self.stop = None, 0  # stop: the exit status that a signal asked for
 
-def option(default, help: str, above: float | None = None, at_least: float | None = None):
-    """A field of a config: its default, the text that --help shows, and the bounds that `parse` checks."""
-    return dataclasses.field(default=default, metadata={"help": help, "bounds": dict(above=above, at_least=at_least)})
+        self.folder = Path(cfg.resume) if cfg.resume else new_folder(out, cfg.name)
+        if checkpoint:
+            self.restore(checkpoint)
+        stored = {"method": Path(sys.argv[0]).stem, **dataclasses.asdict(cfg), "resume": None}
+        write_text(self.folder / "config.json", json.dumps(stored, indent=2) + "\n")
+        self.track = tracker(cfg.track, self.folder, stored)
 
+    def load(self, source: str):
+        return data.load_model(source, self.device, self.cfg.trust_remote_code, self.cfg.gradient_checkpointing)
 
-@dataclass
-class RunConfig:
-    model: str | None = option(None, "hub name or local folder; without it: the tiny base, <out>/tiny-base")
-    dataset: str = option("arithmetic", "arithmetic (built in), or a JSON Lines file of question and answer")
-    out: str = option("runs", "folder that holds all runs")
-    name: str | None = option(None, "folder of this run inside <out>; default: <method>-1, -2, ...")
-    seed: int = option(0, "decides the order of the prompts and every sample", at_least=0)
-    steps: int = option(60, "rollout-and-update steps", at_least=0)
+    def __enter__(self):
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    n_prompts: int = option(32, "Q, prompts a step", at_least=1)
-    group_size: int = option(8, "G, completions a prompt", at_least=2)
-    rollout_rows: int = option(1024, "completions sampled at a time: memory, not results", at_least=1)
-    max_new_tokens: int | None = option(None, "longest completion; 64 for arithmetic, else 512", at_least=1)
-    temperature: float = option(1.0, "of sampling, and so of every log-prob and entropy", above=0)
+    def on_signal(self, number: int, _) -> None:
+        if self.stop:  # the second time: at once
+            raise KeyboardInterrupt
+        self.stop = 128 + number
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
-    lr: float | None = option(None, "AdamW's; 2e-4 for a model below 10M parameters, else 1e-6", above=0)
-    warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
-    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", above=0)
-    minibatches: int = option(1, "optimizer steps a rollout, each on its share of the rows", at_least=1)
-    token_budget: int | None = option(None, "tokens of a micro-batch, with padding; 2048, on a GPU 16384", at_least=1)
+    def __exit__(self, kind, error, _):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            print(f"stopped in step {self.step}; {self.folder} holds what was saved before it", file=sys.stderr)
+            raise SystemExit(self.stop or 130) from None
+        if error and (getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "o space left" in str(error)):
+            print(f"error: the disk of {self.folder} is full; make room, then --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(1) from None
 
-    eval_rows: int = option(256, "held-out problems to evaluate on; 0: no evaluation", at_least=0)
-    eval_k: int = option(8, "completions a problem for mean@k and pass@k", at_least=1)
-    log_completions: int = option(4, "completions a step to keep in completions.jsonl", at_least=0)
+    def steps(self):
+        """Yields the number of each step; evaluates before the first and after the last, then saves and reports."""
+        cfg = self.cfg
+        if not self.evaluations:
+            self.evaluate()
+        if cfg.eval_only:
+            return self.report()
+        with tqdm(total=cfg.steps, initial=self.step, desc=self.folder.name, unit="step") as self.bar:
+            while self.step < cfg.steps and not self.stop:
+                self.step += 1
+                yield self.step
+                if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
+                    self.evaluate()
+                if self.bad_updates >= BAD_UPDATES:
+                    self.stop = 1
+                    print(f"\nerror: {self.bad_updates} updates in a row were not finite, and were skipped; "
+                          "a smaller --lr may help", file=sys.stderr)  # fmt: skip
+                if cfg.save_every and self.step % cfg.save_every == 0 and self.step < cfg.steps:
+                    self.save()
+        self.save()
+        if self.stop:
+            print(f"saved in {self.folder} after step {self.step}; go on with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(self.stop)
+        if self.evaluations and self.evaluations[-1]["step"] < self.step:
+            self.evaluate()
+        tiny.write_folder(self.folder / "model", self.write_model)
+        return self.report()
 
+    # --- sample, verify, update, log
 
-def parse(config_class: type, doc: str, argv: list[str] | None = None):
-    """The command line as a `config_class`. What is unknown or out of bounds ends the program with status 2."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
-    parser.error = fail
-    inherited = {f.name for f in dataclasses.fields(RunConfig)}
-    sections = {False: parser.add_argument_group("this method"), True: parser.add_argument_group("every run")}
-    for f in dataclasses.fields(config_class):
-        kind = typing.get_type_hints(config_class)[f.name]
-        shown = "" if f.default is None else f" [{f.default}]"
-        keywords = dict(default=f.default, help=f.metadata["help"] + shown)
-        if typing.get_origin(kind) is Literal:
-            keywords["choices"] = typing.get_args(kind)
-        elif kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-        else:
-            keywords["type"] = bounded(next(iter(typing.get_args(kind)), kind), **f.metadata["bounds"])
-            keywords["metavar"] = "X"
-        sections[f.name in inherited].add_argument("--" + f.name.replace("_", "-"), **keywords)
-    return config_class(**vars(parser.parse_args(argv)))
+    def generate(self, rows: list[dict], group_size: int, uniforms: Tensor | None) -> Rollout:
+        """Completions of these data rows, decoded, rewards still 0. uniforms None: the most probable tokens."""
+        prompts, per_batch, parts = [row["prompt_ids"] for row in rows], max(1, self.cfg.rollout_rows // group_size), []
+        for i in range(0, len(rows), per_batch):
+            some = None if uniforms is None else uniforms[i * group_size : (i + per_batch) * group_size]
+            shape = group_size, self.cfg.max_new_tokens
+            batch = prompts[i : i + per_batch]
+            parts.append(common.sample(self.model, batch, *shape, self.eos_ids, some, self.cfg.temperature))
+        rollout = common.concatenate(parts)
+        kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
+        texts = self.tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)
+        rollout.texts = [
+            {"question": row["question"], "answer": row["answer"], "completion": text}
+            for text, row in zip(texts, (row for row in rows for _ in range(group_size)), strict=True)
+        ]
+        return rollout
 
+    def sample(self) -> Rollout:
+        """Completions of the next n_prompts training prompts, group_size each."""
+        start = time.perf_counter()
+        rows, n = [], len(self.train_rows)
+        for i in range(self.position, self.position + self.cfg.n_prompts):
+            if i % n == 0 or not rows:  # a new order each time through the data
+                order = random.Random(f"{self.cfg.seed}-{i // n}").sample(range(n), n)
+            rows.append(self.train_rows[order[i % n]])
+        self.position += self.cfg.n_prompts
+        shape = (len(rows) * self.cfg.group_size, self.cfg.max_new_tokens)
+        rollout = self.generate(rows, self.cfg.group_size, torch.rand(shape, generator=self.uniforms))
+        self.clock("sample", start)
+        return rollout
 
-def bounded(kind: type, above: float | None, at_least: float | None):
-    """A converter from text for argparse that refuses numbers out of bounds."""
+    def verify(self, rollout: Rollout) -> Rollout:
+        """Fills in the rewards: 1 for a right answer, else 0."""
+        start, rewards = time.perf_counter(), []
+        for text in rollout.texts:
+            reward, text["verdict"] = verifier.grade(text["completion"], text["answer"])
+            rewards.append(reward)
+        rollout.rewards = torch.tensor(rewards, device=self.device)
+        self.clock("verify", start)
+        return rollout
 
-    def convert(text: str):
-        value = kind(text)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
-        if above is not None and not value > above:
-            raise argparse.ArgumentTypeError(f"must be above {above}, not {text}")
-        if at_least is not None and not value >= at_least:
-            raise argparse.ArgumentTypeError(f"must be at least {at_least}, not {text}")
-        return value
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probs [B, T] of the completions under the model that the run started from, loaded at the first call."""
+        if self.reference is None:
+            self.reference = self.load(self.source)[0].requires_grad_(False)
+        return common.score(self.reference, rollout, self.cfg.temperature, self.cfg.token_budget)[0]
 
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number at all
-    return convert
+    def update(self, rollout: Rollout, objective, reduction: str, active: Tensor | None) -> dict[str, float]:
+        """common.update with this run's model, optimizer and options."""
+        start, cfg = time.perf_counter(), self.cfg
+        metrics = common.update(
+            self.model, self.optimizer, self.scheduler, rollout, objective, reduction, active, cfg.temperature,
+            cfg.minibatches, cfg.token_budget, cfg.max_grad_norm,
+        )  # fmt: skip
+        self.bad_updates = self.bad_updates + metrics["skipped_updates"] if metrics["skipped_updates"] else 0
+        self.clock("update", start)
+        return metrics
 
+    def log(self, rollout: Rollout, metrics: dict[str, float]) -> None:
+        """Adds the rollout's own metrics to these and writes the step's line, its completions and its seconds."""
+        rewards = torch.stack([rollout.rewards[rollout.group == g] for g in rollout.group.unique()])  # [Q, G]
+        tokens = rollout.mask.sum()
+        metrics = {
+            "step": self.step,
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std(1, correction=0).mean()),
+            "frac_reward_zero_std": float((rewards.amax(1) == rewards.amin(1)).float().mean()),
+            "reward/parse_failed": sum(t["verdict"] == "parse_failed" for t in rollout.texts) / len(rollout),
+            "reward/timeout": sum(t["verdict"] == "timeout" for t in rollout.texts) / len(rollout),
+            "entropy": float(rollout.entropy.sum() / tokens),
+            "completions/mean_length": float(rollout.lengths().mean()),
+            "completions/clipped_ratio": float((~rollout.finished).float().mean()),
+            **metrics,
+        }
+        timing = {"step": self.step, "tokens": int(tokens), **self.seconds}
+        if self.device.type == "cuda":
+            timing["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.seconds = {}
+        self.append("timing.jsonl", timing)
+        stride = max(1, len(rollout) // max(1, self.cfg.log_completions))  # spread over the prompts
+        self.append("completions.jsonl", *self.records(rollout, stride)[: self.cfg.log_completions])
+        self.append("metrics.jsonl", metrics)
+        self.track(metrics)
+        shown = dict(reward="reward", entropy="entropy", length="completions/mean_length")
+        self.bar.set_postfix({label: f"{metrics[key]:.3g}" for label, key in shown.items()}, refresh=False)
+        self.bar.update()
 
-# --- model and data ---------------------------------------------------------------------------------------------------
+    def evaluate(self) -> None:
+        """Evaluates on the held-out problems, with the same random numbers every time."""
+        rows, k = self.eval_rows, self.cfg.eval_k
+        if not rows:
+            return
+        same = torch.Generator().manual_seed(self.cfg.seed)
+        uniforms = torch.rand(len(rows) * k, self.cfg.max_new_tokens, generator=same)
+        greedy, sampled = self.verify(self.generate(rows, 1, None)), self.verify(self.generate(rows, k, uniforms))
+        self.seconds = {}
+        result = {"step": self.step, **common.evaluate(greedy, sampled, k)}
+        self.evaluations.append(result)
+        write_text(self.folder / "eval.json", json.dumps(self.evaluations, indent=1) + "\n")
+        with open(self.folder / "eval.csv", "w", newline="") as f:
+            table = csv.writer(f)
+            table.writerow(key for key in result if not key.endswith("_ci"))
+            table.writerows([v for key, v in e.items() if not key.endswith("_ci")] for e in self.evaluations)
+        answers = [{**r, "greedy": True} for r in self.records(greedy)] + self.records(sampled)
+        self.append("eval_completions.jsonl", *answers)
 
+    # --- files
 
-def load_checkpoint(path: str, device: torch.device):
-    """A causal LM in float32 and its tokenizer, from the hub or a local folder; safetensors only, no remote code."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    def clock(self, phase: str, start: float) -> None:
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 4)
 
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).to(device)
-        common.check_head(model)
-    except Exception as error:  # of any class: OSError, SafetensorError, JSONDecodeError ...
-        fail(f"--model {path} cannot be used: {(str(error).strip() or repr(error)).splitlines()[0]}")
-    return model, tokenizer
+    def records(self, rollout: Rollout, stride: int = 1) -> list[dict]:
+        """What people read of every stride-th completion."""
+        rewards, finished = rollout.rewards.tolist(), rollout.finished.tolist()
+        return [
+            {"step": self.step, **rollout.texts[i], "reward": rewards[i], "truncated": not finished[i]}
+            for i in range(0, len(rollout), stride)
+        ]
 
+    def append(self, file: str, *records: dict) -> None:
+        with open(self.folder / file, "a") as f:  # opened each time: what is logged is on disk
+            f.writelines(json.dumps(record) + "\n" for record in records)
 
-def stop_ids(model, tokenizer) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS and those of the model's generation_config."""
-    ids = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-    if not ids:
-        fail("--model: neither its tokenizer nor its generation_config names an end-of-sequence token")
-    return sorted(ids)
+    def write_model(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def save(self) -> None:
+        """Writes checkpoint-<step> beside its place, renames it, and only then deletes older ones: at any moment there
+        is a whole one."""
+
+        def write(folder: Path) -> None:
+            self.write_model(folder)
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "uniforms": self.uniforms.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all(),
+                "position": self.position,
+                "bad_updates": self.bad_updates,
+                "step": self.step,
+            }
+            torch.save(state, folder / "state.pt")
+
+        target = self.folder / f"checkpoint-{self.step}"
+        if not target.exists():
+            tiny.write_folder(target, write)
+        for old in self.folder.glob("checkpoint-*"):
+            if old != target:
+                shutil.rmtree(old)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Sets everything but the model, which is loaded already, and cuts the logs off after the checkpoint's step."""
+        state = torch.load(checkpoint / "state.pt", weights_only=True)  # tensors and numbers; no pickled code
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.uniforms.set_state(state["uniforms"])
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda"])
+        self.position, self.step, self.bad_updates = state["position"], state["step"], state["bad_updates"]
+        for leftover in self.folder.glob(".*-*"):  # of a write that was killed
+            shutil.rmtree(leftover)
+        for file in self.folder.glob("*.jsonl"):
+            kept = []
+            for line in file.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= self.step:
+                        kept.append(line + "\n")
+                except ValueError:
+                    break  # half a line, the last thing that a killed run wrote
+            file.write_text("".join(kept))
+        if (self.folder / "eval.json").exists():
+            stored = json.loads((self.folder / "eval.json").read_text())
+            self.evaluations = [e for e in stored if e["step"] <= self.step]
+
+    def report(self) -> None:
+        """Prints the closing table, an evaluation a line, and draws curves.png."""
+        names = [n for n in (self.evaluations or [{}])[0] if n != "step" and not n.endswith("_ci")]
+        for e in [{n: n for n in ["step", *names]}, *self.evaluations]:
+            print("".join((e[n] if isinstance(e[n], str) else f"{e[n]:.4g}").rjust(11) for n in ["step", *names]))
+        for e in self.evaluations[-1:]:
+            intervals = (f"{n} {e[n + '_ci'][0]:.3f} to {e[n + '_ci'][1]:.3f}" for n in names if n + "_ci" in e)
+            print("95% intervals of the last line:", ", ".join(intervals))
+        print(f"\nin {self.folder}")
+        if self.cfg.save_plots:
+            plot(self.folder)
 
 
 def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]:
@@ -181,241 +377,19 @@ def check_memory(cfg: RunConfig, model, prompt_length: int) -> None:
                 fail(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose {way_out}")
 
 
-def load_rows(cfg: RunConfig) -> tuple[list[dict], list[dict]]:
-    """Rows {"question", "answer"} to train on and to evaluate on, without a question in common."""
-    if cfg.dataset == "arithmetic":
-        train = tiny.problems(8192, cfg.seed, held_out=False)
-        return train, tiny.problems(cfg.eval_rows, 0, held_out=True)
-    path = Path(cfg.dataset)
-    if not path.is_file():
-        fail(f"--dataset {cfg.dataset}: neither 'arithmetic' nor a file")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({"question": str(row["question"]), "answer": str(row["answer"])})
-        except (ValueError, KeyError, TypeError):
-            fail(f"--dataset {path}, line {number}: not a JSON object with 'question' and 'answer'")
-    rows = list({row["question"]: row for row in rows}.values())  # a question once: the two sides stay disjoint
-    good = [row for row in rows if verifier.verifiable(row["answer"])]
-    if len(good) < len(rows):
-        print(f"--dataset: {len(rows) - len(good)} of {len(rows)} rows dropped, their answers cannot be verified")
-    if len(good) < cfg.eval_rows + 1:
-        fail(f"--dataset {path}: {len(good)} usable rows are too few beside --eval-rows {cfg.eval_rows}")
-    random.Random(0).shuffle(good)
-    return good[cfg.eval_rows :], good[: cfg.eval_rows]
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the file and renames: it holds the old text or the new, never half of one."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
-def prompt_ids(tokenizer, question: str) -> list[int]:
-    """The question as the model is asked it: one user turn of its chat template, or the bare text and a line end."""
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": question}]
-        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    return tokenizer(question + "\n", return_dict=False)["input_ids"]
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
-class Run:
-    """Everything that lives as long as a run: model, optimizer, data and the files that it writes."""
-
-    def __init__(self, cfg: RunConfig):
-        self.cfg = cfg
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        out = Path(cfg.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if not os.access(out, os.W_OK):
-                raise PermissionError("not writable")
-        except OSError as error:
-            fail(f"--out {out}: {error.strerror or error}")
-        if cfg.name and (out / cfg.name).exists():
-            fail(f"--name {cfg.name}: {out / cfg.name} exists already; choose another name or remove it")
-
-        torch.manual_seed(cfg.seed)
-        self.source = cfg.model or str(tiny.base(out / "tiny-base"))
-        self.model, self.tokenizer = load_checkpoint(self.source, self.device)
-        # The defaults that depend on what is trained, and where; config.json holds what came of them.
-        small = sum(p.numel() for p in self.model.parameters()) < 10_000_000
-        cfg.lr = cfg.lr or (2e-4 if small else 1e-6)
-        cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.dataset == "arithmetic" else 512)
-        cfg.token_budget = cfg.token_budget or (16384 if self.device.type == "cuda" else 2048)
-        self.eos_ids = stop_ids(self.model, self.tokenizer)
-        self.train_rows, self.eval_rows = load_rows(cfg)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
-        for row in self.train_rows + self.eval_rows:
-            row["prompt_ids"] = prompt_ids(self.tokenizer, row["question"])
-            if len(row["prompt_ids"]) + cfg.max_new_tokens > limit:
-                fail(f"--max-new-tokens {cfg.max_new_tokens}: with a prompt of {len(row['prompt_ids'])} tokens it "
-                     f"exceeds the model's {limit} positions ({row['question'][:60]!r})")  # fmt: skip
-
-        check_memory(cfg, self.model, max(len(row["prompt_ids"]) for row in self.train_rows))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
-        warmup = max(1, cfg.warmup_steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup))
-        self.uniforms = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
-        self.position = 0  # training prompts drawn so far
-        self.step = 0
-        self.seconds: dict[str, float] = {}
-        self.evaluations: list[dict] = []
-        self.reference = None
-
-        self.folder = new_folder(out, cfg.name)
-        (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is KeyboardInterrupt:
-            self.save()
-            print(f"interrupted at step {self.step}; metrics and model are in {self.folder}", file=sys.stderr)
-            raise SystemExit(130)
-
-    def steps(self):
-        """Yields the number of each step; evaluates before the first and after the last, then saves and reports."""
-        self.evaluate()
-        with tqdm(total=self.cfg.steps, desc=self.folder.name, unit="step") as self.bar:
-            while self.step < self.cfg.steps:
-                self.step += 1
-                yield self.step
-        self.save()
-        if self.cfg.steps:
-            self.evaluate()
-        self.report()
-
-    # sample, verify, update, log
-
-    def generate(self, rows: list[dict], group_size: int, uniforms: Tensor | None) -> Rollout:
-        """Completions of these data rows, decoded, rewards still 0. uniforms None: the most probable tokens."""
-        prompts, per_batch, parts = [row["prompt_ids"] for row in rows], max(1, self.cfg.rollout_rows // group_size), []
-        for i in range(0, len(rows), per_batch):
-            some = None if uniforms is None else uniforms[i * group_size : (i + per_batch) * group_size]
-            shape = group_size, self.cfg.max_new_tokens
-            batch = prompts[i : i + per_batch]
-            parts.append(common.sample(self.model, batch, *shape, self.eos_ids, some, self.cfg.temperature))
-        rollout = common.concatenate(parts)
-        kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
-        texts = self.tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)
-        rollout.texts = [
-            {"question": row["question"], "answer": row["answer"], "completion": text}
-            for text, row in zip(texts, (row for row in rows for _ in range(group_size)), strict=True)
-        ]
-        return rollout
-
-    def sample(self) -> Rollout:
-        """Completions of the next n_prompts training prompts, group_size each."""
-        start = time.perf_counter()
-        rows, n = [], len(self.train_rows)
-        for i in range(self.position, self.position + self.cfg.n_prompts):
-            order = list(range(n))
-            random.Random(f"{self.cfg.seed}-{i // n}").shuffle(order)  # a new order each time through the data
-            rows.append(self.train_rows[order[i % n]])
-        self.position += self.cfg.n_prompts
-        shape = (len(rows) * self.cfg.group_size, self.cfg.max_new_tokens)
-        rollout = self.generate(rows, self.cfg.group_size, torch.rand(shape, generator=self.uniforms))
-        self.clock("sample", start)
-        return rollout
-
-    def verify(self, rollout: Rollout) -> Rollout:
-        """Fills in the rewards: 1 for a right answer, else 0."""
-        start = time.perf_counter()
-        rewards = []
-        for text in rollout.texts:
-            reward, text["verdict"] = verifier.grade(text["completion"], text["answer"])
-            rewards.append(reward)
-        rollout.rewards = torch.tensor(rewards, device=self.device)
-        self.clock("verify", start)
-        return rollout
-
-    def reference_logprobs(self, rollout: Rollout) -> Tensor:
-        """Log-probs [B, T] of the completions under the model that the run started from, loaded at the first call."""
-        if self.reference is None:
-            self.reference = load_checkpoint(self.source, self.device)[0].requires_grad_(False)
-        return common.score(self.reference, rollout, self.cfg.temperature, self.cfg.token_budget)[0]
-
-    def update(self, rollout: Rollout, objective, reduction: str, active: Tensor | None) -> dict[str, float]:
-        """common.update with this run's model, optimizer and options."""
-        start, cfg = time.perf_counter(), self.cfg
-        metrics = common.update(
-            self.model, self.optimizer, self.scheduler, rollout, objective, reduction, active, cfg.temperature,
-            cfg.minibatches, cfg.token_budget, cfg.max_grad_norm,
-        )  # fmt: skip
-        self.clock("update", start)
-        return metrics
-
-    def log(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Adds the rollout's own metrics to these and writes the step's line, its completions and its seconds."""
-        rewards = torch.stack([rollout.rewards[rollout.group == g] for g in rollout.group.unique()])  # [Q, G]
-        tokens = rollout.mask.sum()
-        metrics = {
-            "step": self.step,
-            "reward": float(rewards.mean()),
-            "reward_std": float(rewards.std(1, correction=0).mean()),
-            "frac_reward_zero_std": float((rewards.amax(1) == rewards.amin(1)).float().mean()),
-            "reward/parse_failed": sum(t["verdict"] == "parse_failed" for t in rollout.texts) / len(rollout),
-            "reward/timeout": sum(t["verdict"] == "timeout" for t in rollout.texts) / len(rollout),
-            "entropy": float(rollout.entropy.sum() / tokens),
-            "completions/mean_length": float(rollout.lengths().mean()),
-            "completions/clipped_ratio": float((~rollout.finished).float().mean()),
-            **metrics,
-        }
-        self.append("metrics.jsonl", metrics)
-        self.append("timing.jsonl", {"step": self.step, "tokens": int(tokens), **self.seconds})
-        self.seconds = {}
-        stride = max(1, len(rollout) // max(1, self.cfg.log_completions))  # spread over the prompts
-        for i in range(0, len(rollout), stride)[: self.cfg.log_completions]:
-            record = {"reward": float(rollout.rewards[i]), "truncated": not bool(rollout.finished[i])}
-            self.append("completions.jsonl", {"step": self.step, **rollout.texts[i], **record})
-        shown = dict(reward="reward", entropy="entropy", length="completions/mean_length")
-        self.bar.set_postfix({label: f"{metrics[key]:.3g}" for label, key in shown.items()}, refresh=False)
-        self.bar.update()
-
-    # evaluation, files
-
-    def evaluate(self) -> None:
-        """Evaluates on the held-out problems, with the same random numbers every time, and writes eval.jsonl."""
-        if not self.eval_rows:
-            return
-        numbers = torch.Generator().manual_seed(self.cfg.seed)
-
-        def generate(group_size: int, greedy: bool) -> Rollout:
-            shape = (len(self.eval_rows) * group_size, self.cfg.max_new_tokens)
-            uniforms = None if greedy else torch.rand(shape, generator=numbers)
-            return self.verify(self.generate(self.eval_rows, group_size, uniforms))
-
-        result = common.evaluate(generate, self.cfg.eval_k)
-        self.seconds = {}
-        self.evaluations.append({"step": self.step, **result})
-        self.append("eval.jsonl", self.evaluations[-1])
-
-    def clock(self, phase: str, start: float) -> None:
-        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 4)
-
-    def append(self, file: str, record: dict) -> None:
-        with open(self.folder / file, "a") as f:  # opened each time: what is logged is on disk
-            f.write(json.dumps(record) + "\n")
-
-    def save(self) -> None:
-        """Writes model and tokenizer beside model/, then renames: the folder is whole or not there."""
-        self.model.eval()
-
-        def write(folder: Path) -> None:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-
-        tiny.write_folder(self.folder / "model", write)
-
-    def report(self) -> None:
-        """Prints the closing table and draws curves.png, where matplotlib is installed."""
-        names = [k for k in (self.evaluations or [{}])[0] if k != "step"]
-        for row in [["", *(f"step {e['step']}" for e in self.evaluations)]] + [
-            [name, *(f"{e[name]:.3f}" for e in self.evaluations)] for name in names
-        ]:
-            print("".join(cell.ljust(14) if i == 0 else cell.rjust(10) for i, cell in enumerate(row)))
-        print(f"\nsaved in {self.folder}")
-        plot(self.folder)
+def last_checkpoint(folder: Path) -> Path:
+    """The checkpoint of the latest step. Each that has its name is whole."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    if not found:
+        fail(f"--resume {folder}: there is no checkpoint in it")
+    return found[-1]
 
 
 def new_folder(out: Path, name: str | None) -> Path:
@@ -428,8 +402,22 @@ def new_folder(out: Path, name: str | None) -> Path:
             return folder
         except FileExistsError:
             if name:
-                fail(f"--name {name}: {folder} exists already; choose another name or remove it")
+                fail(f"--name {name}: {folder} exists already; choose another, or --resume it")
             number += 1
+
+
+def tracker(kind: str, folder: Path, config: dict):
+    """A function that sends a step's metrics on to a tracker."""
+    if kind == "none":
+        return lambda metrics: None
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "tensorboard")
+        return lambda metrics: [writer.add_scalar(name, v, metrics["step"]) for name, v in metrics.items()]
+    library = importlib.import_module(kind)  # wandb and trackio share these two calls
+    library.init(project="entropy-rl", name=folder.name, config=config)
+    return lambda metrics: library.log(metrics, step=metrics["step"])
 
 
 def plot(folder: Path) -> None:
@@ -441,8 +429,9 @@ def plot(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-    rows = [json.loads(line) for line in lines]
+    if not (folder / "metrics.jsonl").exists():
+        return
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3), layout="constrained")
     for axis, key in zip(axes, ("reward", "entropy", "completions/mean_length"), strict=True):
         axis.plot([row["step"] for row in rows], [row[key] for row in rows])

@@ -225,14 +225,22 @@ def test_loss_weights():
 
 
 def stepped(
-    loaded, order=None, minibatches=1, skip=False, token_budget=10**6, reduction="sequence", seen=None, rewards=None
+    loaded,
+    order=None,
+    minibatches=1,
+    skip=False,
+    token_budget=10**6,
+    reduction="sequence",
+    seen=None,
+    rewards=None,
+    spoil=None,
 ):
     """Weights after one update of a rollout with made-up rewards, and its metrics."""
     model, tokenizer = loaded
     r = rollout_of(model, tokenizer)
     r.rewards = (torch.arange(len(r)) % 3 == 0).float() if rewards is None else rewards
     r = r if order is None else r.select(order)
-    A = grpo.advantages(r.rewards, r.group)
+    A = grpo.advantages(r.rewards, r.group) if spoil is None else spoil
 
     def objective(logprobs, old_logprobs, rows):
         if seen is not None:
@@ -306,6 +314,12 @@ def test_the_first_ratio_is_exactly_one_and_later_ones_are_not(loaded):
     assert seen[0] == 0 and min(seen[1:]) > 0
 
 
+def test_a_step_that_is_not_finite_is_skipped(loaded):
+    broken = torch.full((24,), torch.inf)
+    moved, metrics = stepped(loaded, spoil=broken)
+    assert max(float(m.abs().max()) for m in moved) == 0 and metrics["skipped_updates"] == 1
+
+
 def test_an_empty_rollout_changes_nothing(loaded):
     moved, metrics = stepped(loaded, order=torch.tensor([], dtype=torch.long))
     assert max(float(m.abs().max()) for m in moved) == 0 and metrics["grad_norm"] == 0
@@ -337,15 +351,22 @@ def test_pass_at_k_counts_the_draws_with_a_right_one():
 
 
 def test_evaluate(loaded):
-    def generate(group_size, greedy):
-        r = rollout_of(*loaded, Q=3, G=group_size)
-        r.rewards = torch.tensor([1.0, 0, 1] if greedy else [1.0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
-        return r
-
-    result = common.evaluate(generate, 4)
+    greedy, sampled = rollout_of(*loaded, Q=3, G=1), rollout_of(*loaded, Q=3, G=4)
+    greedy.rewards = torch.tensor([1.0, 0, 1])
+    sampled.rewards = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+    result = common.evaluate(greedy, sampled, 4)
     assert result["greedy"] == pytest.approx(2 / 3) and result["mean@4"] == pytest.approx(0.5)
     assert [result[f"pass@{k}"] for k in (1, 2, 4)] == pytest.approx([0.5, (5 / 6 + 0 + 1) / 3, 2 / 3])
     assert "pass@8" not in result and 0 < result["truncated"] < 1 and 1 < result["length"] <= T
+    low, high = result["mean@4_ci"]
+    assert 0 <= low < 0.5 < high <= 1
+
+
+def test_bootstrap_intervals_have_the_width_of_the_normal_ones():
+    values = (torch.arange(400) % 4 == 0).float()
+    low, high = common.bootstrap(values)
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
+    assert low == pytest.approx(0.25 - half, abs=0.01) and high == pytest.approx(0.25 + half, abs=0.01)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ def test_smoke(name, small, tmp_path):
     ):  # fmt: skip
         assert all(math.isfinite(row[key]) for row in metrics), key
     assert {"question", "answer", "completion", "reward", "truncated"} <= set(lines(folder / "completions.jsonl")[0])
-    assert [row["step"] for row in lines(folder / "eval.jsonl")] == [0, 2]
+    assert [row["step"] for row in json.loads((folder / "eval.json").read_text())] == [0, 2]
+    assert (folder / "eval.csv").read_text().count("\n") == 3
     assert json.loads((folder / "config.json").read_text())["group_size"] == 4
     assert "mean@2" in done.stdout and "Traceback" not in done.stderr
 
@@ -132,7 +133,7 @@ def test_a_row_without_question_or_answer_is_refused(row, small, tmp_path, monke
     data.write_text('{"question": "1+2?", "answer": "3"}\n' + row + "\n")
     out.mkdir()
     message = refused(monkeypatch, capsys, out, *small("--out", out, "--dataset", data))
-    assert "--dataset" in message and "line 2" in message
+    assert "--dataset" in message and ("line 2" in message or "in row" in message)
 
 
 def test_ctrl_c_keeps_metrics_and_model(small, tmp_path):
@@ -147,7 +148,8 @@ def test_ctrl_c_keeps_metrics_and_model(small, tmp_path):
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in error
     steps = [row["step"] for row in lines(metrics)]
-    assert steps == list(range(1, len(steps) + 1)) and (tmp_path / "long" / "model" / "config.json").exists()
+    assert steps == list(range(1, len(steps) + 1))
+    assert (tmp_path / "long" / f"checkpoint-{steps[-1]}" / "model.safetensors").exists()
 
 
 def test_help_names_every_option():

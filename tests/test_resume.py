@@ -1,0 +1,172 @@
+"""Runs that survive: resuming, being killed, full disks, updates that are not finite, signals."""
+
+import errno
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import SCRIPTS, call, lines, refused
+
+import run as run_module
+
+
+def final(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_steps_resume_two_steps_equals_four(name, small, tmp_path, monkeypatch):
+    options = ("--save-every", 1, "--minibatches", 2, "--eval-every", 1)
+    call(monkeypatch, name, *small("--name", "whole", "--steps", 4, *options))
+    call(monkeypatch, name, *small("--name", "half", "--steps", 2, *options))
+    call(monkeypatch, name, "--resume", str(tmp_path / "half"), "--steps", "4")
+    a, b = tmp_path / "whole", tmp_path / "half"
+    for key, value in final(a).items():
+        assert torch.equal(value, final(b)[key]), key
+    for file in ("metrics.jsonl", "completions.jsonl", "eval_completions.jsonl", "eval.json", "eval.csv"):
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+    assert [p.name for p in b.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_logs_are_cut_off_at_the_checkpoint(small, tmp_path, monkeypatch):
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 2))
+    folder = tmp_path / "r"
+    with open(folder / "metrics.jsonl", "a") as f:  # a step that no checkpoint holds, and half a line
+        f.write(json.dumps({"step": 3, "reward": 9.0}) + '\n{"step": 4, "rew')
+    (folder / ".checkpoint-3-abc").mkdir()
+    call(monkeypatch, "grpo", "--resume", str(folder), "--steps", "4")
+    assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert all(row["reward"] <= 1 for row in lines(folder / "metrics.jsonl")) and not list(folder.glob(".check*"))
+
+
+def test_resuming_what_cannot_be_resumed_is_refused(small, tmp_path, monkeypatch, capsys):
+    assert "--resume" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "nothing"))
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 1))
+    capsys.readouterr()
+    assert "egsw.py" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), name="egsw")
+    shutil.rmtree(tmp_path / "r" / "checkpoint-1")
+    assert "no checkpoint" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), name="grpo")
+
+
+def started(monkeypatch, *options):
+    """A Run that stands before its first step."""
+    grpo = importlib.import_module("grpo")
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *options])
+    return run_module.Run(grpo.parse(grpo.Config, ""))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_a_whole_checkpoint_remains(small, tmp_path, monkeypatch):
+    """A child writes one checkpoint after another and is killed at a random moment, 25 times; what is left loads."""
+    run = started(monkeypatch, *small("--name", "k"))
+    run.save()
+    rng, seen, leftovers = random.Random(0), set(), 0
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            while True:
+                run.step += 1
+                run.save()
+        time.sleep(rng.uniform(0.01, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        leftovers += len(list(run.folder.glob(".checkpoint-*")))
+        checkpoint = run_module.last_checkpoint(run.folder)
+        run.restore(checkpoint)  # raises if the state is not whole; cleans up
+        assert set(load_file(checkpoint / "model.safetensors")) and run.step == int(checkpoint.name.split("-")[1])
+        seen.add(run.step)
+    assert leftovers and len(seen) > 5  # some were killed in the middle of a write, and some wrote
+
+
+def test_a_full_disk_ends_the_run_with_a_line_and_keeps_the_last_checkpoint(small, tmp_path, monkeypatch, capsys):
+    save, calls = torch.save, []
+
+    def full(*args, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(*args, **keywords)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "grpo", *small("--name", "r", "--steps", 3, "--save-every", 1))
+    assert stop.value.code == 1 and "full" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "r").glob("*checkpoint*")] == ["checkpoint-1"]
+    monkeypatch.setattr(torch, "save", save)
+    call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"))
+    assert [row["step"] for row in lines(tmp_path / "r" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(small, tmp_path, monkeypatch, capsys):
+    grpo = importlib.import_module("grpo")
+    monkeypatch.setattr(grpo, "advantages", lambda rewards, *_: torch.full_like(rewards, torch.nan))
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "grpo", *small("--name", "r", "--steps", 9))
+    assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
+    folder = tmp_path / "r"
+    assert [row["skipped_updates"] for row in lines(folder / "metrics.jsonl")] == [1, 1, 1]
+    assert all(torch.isfinite(v).all() for v in load_file(folder / "checkpoint-3" / "model.safetensors").values())
+
+
+def test_a_batch_without_a_usable_group_changes_nothing(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "verifier", SimpleNamespace(grade=lambda *_: (0.0, "wrong")))
+    call(monkeypatch, "dapo", *small("--name", "r", "--max-rounds", 2))
+    rows = lines(tmp_path / "r" / "metrics.jsonl")
+    assert [row["dynamic_sampling/groups"] for row in rows] == [0, 0] and rows[0]["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(number, status, small, tmp_path, monkeypatch):
+    log = run_module.Run.log
+
+    def log_and_signal(self, *args):
+        log(self, *args)
+        if self.step == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(run_module.Run, "log", log_and_signal)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "grpo", *small("--name", "half", "--steps", 4))
+    assert stop.value.code == status and (tmp_path / "half" / "checkpoint-2").exists()
+    assert signal.getsignal(number) != run_module.Run.on_signal
+    monkeypatch.setattr(run_module.Run, "log", log)
+    call(monkeypatch, "grpo", "--resume", str(tmp_path / "half"))
+    call(monkeypatch, "grpo", *small("--name", "whole", "--steps", 4))
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("half", "whole")]
+    assert metrics[0] == metrics[1]
+
+
+def test_eval_only(small, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "grpo", *small("--name", "e", "--eval-only", "--eval-k", 32))
+    (result,) = json.loads((tmp_path / "e" / "eval.json").read_text())
+    assert {"mean@32", *(f"pass@{k}" for k in (1, 2, 4, 8, 16, 32))} <= set(result) and len(result["mean@32_ci"]) == 2
+    assert len(lines(tmp_path / "e" / "eval_completions.jsonl")) == 4 * 33
+    assert "pass@32" in capsys.readouterr().out and not (tmp_path / "e" / "metrics.jsonl").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "--track wandb" in refused(monkeypatch, capsys, tmp_path, *small("--track", "wandb"))
+
+
+def test_a_tracker_gets_every_step(small, tmp_path, monkeypatch):
+    got, configs = [], []
+    fake = SimpleNamespace(
+        init=lambda **keywords: configs.append(keywords["config"]),
+        log=lambda metrics, step: got.append((step, metrics["reward"])),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    call(monkeypatch, "grpo", *small("--track", "trackio", "--no-save-plots"))
+    assert [step for step, _ in got] == [1, 2] and configs[0]["group_size"] == 4
+    assert not (tmp_path / "grpo-1" / "curves.png").exists()
