@@ -96,9 +96,8 @@ def check_head(model) -> None:
     run the two apart, and some family may do something in between that is not known here."""
     model.eval()
     ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
-    with autocast(model.device):
-        expected = model(input_ids=ids, use_cache=False).logits[0].float()
-        got = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    got = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
     if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
         raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states): it is not supported")
 
@@ -359,11 +358,8 @@ def update(
     norms, skipped = [], 0
     everything = torch.arange(len(rollout), device=rollout.mask.device)
     shares = [rows for rows in everything.chunk(minibatches) if len(rows)]
-    scored = (
-        torch.ones_like(rollout.finished)
-        if active is None
-        else (active.view(len(rollout), *active.shape[1:] or (1,)) != 0).any(1)
-    )
+    active = torch.ones_like(rollout.rewards) if active is None else active
+    scored = (active if active.dim() == 2 else active[:, None]).ne(0).any(1)
     plans = [scoring_plan(rollout, share[scored[share]], token_budget) for share in shares]
     old = torch.zeros_like(rollout.mask)
     if len(plans) > 1:  # later minibatches meet a policy that has moved, so score all of them now, in the same layout

@@ -123,11 +123,11 @@ def main() -> None:
     with Run(cfg) as run:
         for _ in run.steps():
             rollout, sampled, rounds = dynamic_sampling(run, cfg.n_prompts, cfg.max_rounds)
-            if cfg.overlong_filter:
-                rollout = rollout.select(rollout.finished)
             cache = cfg.overlong_cache * cfg.max_new_tokens
             punishment = overlong_punishment(rollout.lengths(), cfg.max_new_tokens, cache)  # [B]
             A = advantages(rollout.rewards, rollout.group, punishment)  # [B]
+            if cfg.overlong_filter:
+                A, rollout = A[rollout.finished], rollout.select(rollout.finished)
             ref = run.reference_logprobs(rollout) if cfg.kl_coef > 0 else None  # [B, T]
 
             def objective(logprobs, old_logprobs, rows):  # of one micro-batch: [b, T], [b, T], [b]

@@ -18,13 +18,14 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(ctx, hidden, weight, bias):  # [n, V] in float32 over temperature, and the slope of the soft cap
-        z = torch.nn.functional.linear(hidden, weight, bias).float().mul_(ctx.scale)
+        z = torch.nn.functional.linear(hidden, weight, bias).float()
+        z = z.mul_(ctx.scale) if ctx.scale != 1.0 else z
         slope = None
         if ctx.cap:
             z.div_(ctx.cap).tanh_()
             slope = 1 - z * z
             z.mul_(ctx.cap)
-        return z.div_(ctx.temperature), slope
+        return z.div_(ctx.temperature) if ctx.temperature != 1.0 else z, slope
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, scale, cap, chunk):
@@ -61,7 +62,8 @@ class HeadLogprobs(torch.autograd.Function):
             else:
                 p = z.exp()
                 z.clamp_(min=-1e30).add_(entropy[part, None]).mul_(g_entropy[part, None]).add_(g).mul_(p).neg_()
-            z.scatter_add_(1, targets[part, None], g).mul_(ctx.scale / ctx.temperature)
+            z.scatter_add_(1, targets[part, None], g)
+            z = z.mul_(ctx.scale / ctx.temperature) if ctx.scale != ctx.temperature else z
             z = (z if slope is None else z.mul_(slope)).to(ctx.dtype)
             d_hidden[part] = (z @ low).to(d_hidden.dtype)
             if ctx.dtype == d_weight.dtype:

@@ -351,10 +351,11 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]
     weights = 4 * sum(p.numel() for p in model.parameters())
     rows = min(cfg.rollout_rows, max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k))
     cache = rows * (prompt_length + cfg.max_new_tokens) * 2 * layers * kv * size
-    # Kept for the backward pass: about 34 D values a token and layer (Korthikanti et al., arXiv 2205.05198, without the
-    # attention matrix). Then two float32 buffers of the head's chunk, and the gradient of its weight.
+    # Kept for the backward pass: in 16 bits about 34 D bytes a token and layer (Korthikanti et al., arXiv 2205.05198,
+    # without the attention matrix), 2 D with checkpointing. Then the head: two float32 chunks and a weight gradient.
     chunk = max(common.CHUNK_ELEMENTS[model.device.type], V)
-    update = cfg.token_budget * layers * 34 * D * size // 2 + 2 * 4 * chunk + 4 * V * D
+    kept = 2 if cfg.gradient_checkpointing else 34
+    update = cfg.token_budget * layers * kept * D * size // 2 + 2 * 4 * chunk + 4 * V * D
     return {
         "weights, gradients, AdamW": 4 * weights + (weights // 2 if gpu else 0),
         "rollout": cache + 4 * rows * V * 4,
