@@ -138,7 +138,7 @@ def sample(
     uniforms: Tensor | None,
     temperature: float = 1.0,
     drop_below: float = 0.9,
-    fixed: bool | None = None,
+    fixed: bool = False,
 ) -> Rollout:
     """Samples `group_size` completions of every prompt, straight from the model's distribution at `temperature`: its
     generation_config (top-k, top-p, penalties) is ignored, because what is sampled must be what the loss models.
@@ -151,7 +151,7 @@ def sample(
     prompts to the distinct unfinished completions, which are few where the policy is sure. Nodes without rows stay
     until they are more than 1 - drop_below of the batch, for moving the cache costs time.
 
-    fixed: fast.decode_fixed instead, the same samples from fixed shapes; None: on a GPU, where the model allows it.
+    fixed: fast.decode_fixed instead, the same samples from fixed shapes, where the model's attention allows it.
     """
     model.eval()  # also because gradient checkpointing in train mode turns the cache off without a word
     device, Q, B, T = model.device, len(prompts), len(prompts) * group_size, max_new_tokens
@@ -190,10 +190,8 @@ def sample(
     with autocast(device), torch.inference_mode():  # the tensors above are ordinary ones, and stay so
         positions = (attend[:, :P].cumsum(1) - 1).clamp(min=0)
         hidden = decode(torch.tensor(padded, device=device), attend[:, :P], positions)
-        if fixed is None:
-            plain = model.config._attn_implementation == "sdpa" and not any(layer.is_sliding for layer in cache.layers)
-            fixed = device.type == "cuda" and plain
-        if fixed:
+        sliding = any(layer.is_sliding for layer in cache.layers)
+        if fixed and model.config._attn_implementation == "sdpa" and not sliding:
             fast.decode_fixed(
                 model, r, hidden, cache, attend[:, :P], uniforms, eos, partial(draw, temperature=temperature)
             )

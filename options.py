@@ -46,6 +46,7 @@ class RunConfig:
     group_size: int = option(8, "G, completions a prompt", at_least=2)
     max_new_tokens: int | None = option(None, "longest completion; without it: 64 for arithmetic, else 512", at_least=1)
     temperature: float = option(1.0, "of sampling, and so of every log-prob and entropy", above=0)
+    cuda_graphs: bool = option(False, "decode with fixed shapes and CUDA graphs; written without a GPU, not measured")
     rollout_rows: int = option(1024, "completions sampled at a time: memory, not results", at_least=1)
 
     steps: int = option(60, "rollout-and-update steps", at_least=0)

@@ -158,7 +158,8 @@ class Run:
             some = None if uniforms is None else uniforms[i * group_size : (i + per_batch) * group_size]
             shape = group_size, self.cfg.max_new_tokens
             batch = prompts[i : i + per_batch]
-            parts.append(common.sample(self.model, batch, *shape, self.eos_ids, some, self.cfg.temperature))
+            how = dict(temperature=self.cfg.temperature, fixed=self.cfg.cuda_graphs)
+            parts.append(common.sample(self.model, batch, *shape, self.eos_ids, some, **how))
         rollout = common.concatenate(parts)
         kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
         texts = self.tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)

@@ -196,10 +196,10 @@ def bench_step(base: str, runs: int) -> list[dict]:
 # --- log-probs: one process a measurement, for its peak memory --------------------------------------------------------
 
 
-def head_inputs():
+def head_inputs(n: int):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(N, D), torch.randn(V, D) * 0.02
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, V, (N,)), torch.randn(N)
+    hidden, weight = torch.randn(n, D), torch.randn(V, D) * 0.02
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, V, (n,)), torch.randn(n)
 
 
 def head_naive(hidden, weight, targets):
@@ -245,7 +245,7 @@ def watched(work) -> tuple[float, float]:
 
 def measure_head(name: str) -> dict:
     """In a process of its own: log-probs and entropy, forward and backward; 519 MiB of it are the weight's gradient."""
-    hidden, weight, targets, g = head_inputs()
+    hidden, weight, targets, g = head_inputs(N)
     out: list = []
 
     def work():
@@ -316,6 +316,94 @@ def bench_growth(base: str, runs: int) -> list[dict]:
     return [row("log-probs of 8 x 1,024 tokens", "MiB", long, "8 x 256", short, False)]
 
 
+# --- rows that need a GPU ---------------------------------------------------------------------------------------------
+
+
+def gpu_model():
+    """Qwen2.5-0.5B's shape with random weights, float32."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = dict(num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864)
+    config = Qwen2Config(vocab_size=V, hidden_size=D, tie_word_embeddings=True, eos_token_id=None, **shape)
+    return Qwen2ForCausalLM(config).cuda()
+
+
+def bench_gpu_rollout(base: str, runs: int) -> list[dict]:
+    """New tokens a second in bf16: 128 rows, 512 new tokens, with and without CUDA graphs, against model.generate."""
+    model, rows, new = gpu_model(), 128, 512
+    low = gpu_model().to(torch.bfloat16).eval()  # what one would give model.generate
+    prompt = torch.randint(0, V, (16, 64), device="cuda")
+    uniforms = torch.rand(rows, new)
+
+    def timed(work) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return rows * new / (time.perf_counter() - start)
+
+    def ours(fixed: bool) -> float:
+        return timed(lambda: common.sample(model, prompt.tolist(), rows // 16, new, [-1], uniforms, fixed=fixed))
+
+    def generate() -> float:
+        options = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, num_return_sequences=rows // 16)
+        return timed(lambda: low.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options))
+
+    found = alternate({"graphs": lambda: ours(True), "plain": lambda: ours(False), "generate": generate}, runs)
+    copy = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        copy.clone()
+    torch.cuda.synchronize()
+    bandwidth = 20 * 2 * copy.numel() / (time.perf_counter() - start)
+    cache = (
+        rows * (64 + new / 2) * 24 * 2 * 2 * 64 * 2
+    )  # bytes at half length: layers, keys and values, heads, size, bf16
+    floor = bandwidth / (2 * sum(p.numel() for p in model.parameters()) + cache) * rows
+    print(
+        f"  {bandwidth / 1e9:.0f} GB/s copied: at most {floor:.0f} tokens/s; reached {max(found['graphs']) / floor:.2f}"
+    )
+    what = "rollout, 0.5B, 128 rows, 512 tokens"
+    return [row(f"{what}, {n}", "tokens/s", found[n], "generate", found["generate"], True) for n in ("graphs", "plain")]
+
+
+def head_liger(hidden, weight, targets):
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as liger
+
+    nll, entropy = liger.apply(hidden, weight, targets, return_entropy=True)
+    return -nll, entropy
+
+
+def bench_gpu_logprobs(base: str, runs: int) -> list[dict]:
+    """Time and peak memory of log-probs and entropy, forward and backward, from 16 x 1,024 hidden states in bf16."""
+    names = ["ours", "naive", *(n for n, p in (("trl", "trl"), ("liger", "liger_kernel")) if installed(p))]
+    hidden, weight, targets, g = (x.detach().cuda() for x in head_inputs(16 * 1024))
+    sums: dict[str, list] = {}
+    found = {name: {"seconds": [], "mib": []} for name in names}
+    for i in range(runs + 1):
+        for name in names:
+            inputs = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before, start = torch.cuda.memory_allocated(), time.perf_counter()
+            logp, entropy = globals()[f"head_{name}"](*inputs, targets)
+            ((g * logp.float()).sum() + 0.1 * entropy.float().sum()).backward()
+            torch.cuda.synchronize()
+            if i:  # the first round compiles kernels
+                found[name]["seconds"].append(time.perf_counter() - start)
+                found[name]["mib"].append((torch.cuda.max_memory_allocated() - before) / 2**20)
+            sums[name] = [float(x.detach().float().sum()) for x in (logp, entropy)]
+    print(f"  same work: sums of log-probs and entropies {sums}")
+    rows = []
+    for other in names[1:]:
+        for key, unit in (("seconds", "s"), ("mib", "MiB")):
+            rows.append(
+                row(f"GPU log-probs, 16 x 1,024 x {V}", unit, found["ours"][key], other, found[other][key], False)
+            )
+    return rows
+
+
 def installed(package: str) -> str | None:
     try:
         return version(package)
@@ -325,6 +413,7 @@ def installed(package: str) -> str | None:
 
 def main() -> None:
     benches = {"rollout": bench_rollout, "step": bench_step, "logprobs": bench_logprobs, "growth": bench_growth}
+    benches |= {"gpu_rollout": bench_gpu_rollout, "gpu_logprobs": bench_gpu_logprobs}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=benches, default=list(benches))
     parser.add_argument("--runs", type=int, default=5)
@@ -345,6 +434,9 @@ def main() -> None:
     print(machine)
     rows = []
     for name in args.rows:
+        if name.startswith("gpu") and not torch.cuda.is_available():
+            print(f"{name}: needs a GPU; not measured")
+            continue
         if name == "step" and not packages["trl"]:
             print("step: TRL is not installed (pip install -r requirements-dev.txt); not measured")
             continue

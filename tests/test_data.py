@@ -246,6 +246,11 @@ def test_family(family, gradient_checkpointing, tmp_path):
     prompts = tokenizer(["1+2?", "12+3-4+5-6+7?", "9-8?"])["input_ids"]
     uniforms = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
     r = common.sample(model, prompts, 4, 20, data.stop_ids(model, tokenizer), uniforms, temperature=0.8)
+    fixed = common.sample(
+        model, prompts, 4, 20, data.stop_ids(model, tokenizer), uniforms, temperature=0.8, fixed=True
+    )  # fixed shapes, or where its attention does not allow them the plain loop
+    assert torch.equal(fixed.mask, r.mask)
+    torch.testing.assert_close(fixed.logprobs, r.logprobs, atol=2e-4, rtol=1e-4)
     logprobs, entropy = common.score(model, r, 0.8, 100)
     torch.testing.assert_close(logprobs, r.logprobs, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(entropy, r.entropy, atol=2e-4, rtol=1e-4)
