@@ -77,8 +77,9 @@ SECTIONS = dict(model="model and data", n_prompts="rollouts", steps="updates", e
 
 def parse(config_class: type, doc: str, argv: list[str] | None = None):
     """The command line as a `config_class`. What is unknown or out of bounds ends the program with status 2."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
+    # Of the docstring the title is enough here: the equations are for who opens the file.
+    about = dict(description=doc.split("\n\n")[0], usage="%(prog)s [options]")
+    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
     parser.error = fail
     fields, hints = dataclasses.fields(config_class), typing.get_type_hints(config_class)
     shared = {f.name for f in dataclasses.fields(RunConfig)}
