@@ -1,9 +1,8 @@
-"""What every method shares, in the order in which data flows: sampling, log-probs and entropy, the update, evaluation.
+"""What every method shares, in the order in which data flows: sampling, log-probs and entropy, the update.
 
     sample           prompts -> Rollout: completions with their mask, log-probs and entropy
     token_logprobs   log-prob and entropy of given completions, without ever holding tokens x vocabulary
     update           one or several optimizer steps on a Rollout, for any per-token objective
-    evaluate         greedy accuracy, mean@k, pass@k
 
 Nothing here knows a method, a reward or a data set. Shapes: Q prompts, G completions a prompt, B = Q * G rows,
 T completion tokens, D hidden size, V vocabulary. Log-probs and entropies are in nats, at the sampling temperature.
@@ -18,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import distributed
 import fast
 
 # Logits are computed for so many elements (tokens x vocabulary) at a time: 64 MiB of float32, or 512 MiB on a GPU,
@@ -47,6 +47,9 @@ class Rollout:
         """Completion tokens of each row, EOS included. [B]"""
         return self.mask.sum(1)
 
+    def to(self, device: torch.device | str) -> "Rollout":
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "texts"})
+
     def select(self, rows: Tensor) -> "Rollout":
         """The Rollout of these rows (indices, or a boolean mask over B)."""
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
@@ -63,6 +66,14 @@ def concatenate(rollouts: list[Rollout]) -> Rollout:
         shift = int(parts[-1].group.max()) + 1
     tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Rollout) if f.name != "texts"}
     return Rollout(**tensors, texts=[text for p in parts for text in p.texts])
+
+
+def gather(rollout: Rollout | None, device: torch.device) -> Rollout:
+    """The whole Rollout, on every process, of each one's part (None: nothing)."""
+    if distributed.world() == 1:
+        return rollout
+    parts = distributed.gather(rollout and rollout.to("cpu"))
+    return concatenate([part for part in parts if part]).to(device)
 
 
 def autocast(device: torch.device):
@@ -268,38 +279,45 @@ def microbatches(lengths: Tensor, token_budget: int) -> list[Tensor]:
 
 
 def scoring_plan(rollout: Rollout, rows: Tensor, token_budget: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Micro-batches of these rows as (distinct [u], rows [b], line [b]). Completions of one prompt that are the same,
-    common where the policy is sure, are scored once: rows[i]'s log-probs are those of distinct[line[i]]."""
+    """This process's micro-batches of these rows, as (distinct [u], rows [b], line [b]). Completions of one prompt that
+    are the same, common where the policy is sure, are scored once: rows[i]'s log-probs are those of distinct[line[i]].
+
+    Every process gets as many micro-batches, for FSDP's have to work in step: some end with one that has no rows."""
     if len(rows) == 0:
         return []
     tokens = torch.where(rollout.mask[rows] > 0, rollout.completion_ids[rows], -1)
     _, kind = torch.cat([rollout.group[rows, None], tokens], 1).unique(dim=0, return_inverse=True)  # [n]
     first = torch.full((int(kind.max()) + 1,), len(rows), device=rows.device)
     first = first.scatter_reduce(0, kind, torch.arange(len(rows), device=rows.device), "amin")  # a row of each kind
-    plan, lengths = [], (rollout.prompt_lengths + rollout.lengths())[rows]
-    for kinds in microbatches(lengths[first], token_budget):
+    plan, lengths = [], (rollout.prompt_lengths + rollout.lengths())[rows[first]]  # [u]
+    order, world = lengths.argsort(descending=True, stable=True), distributed.world()
+    hands = [order[i::world] for i in range(world)]  # dealt like cards: to each process long ones and short ones
+    batches = [[hand[some] for some in microbatches(lengths[hand], token_budget)] for hand in hands]
+    for kinds in batches[distributed.rank()]:
         line = torch.full_like(first, -1)
         line[kinds] = torch.arange(len(kinds), device=rows.device)
         here = line[kind] >= 0
         plan.append((rows[first[kinds]], rows[here], line[kind][here]))
-    return plan
+    nothing = (rows[first[order[-1:]]], rows[:0], rows[:0])
+    return plan + [nothing] * (max(map(len, batches)) - len(plan))
 
 
 def score_batch(model, r: Rollout, distinct: Tensor, line: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """token_logprobs of one of the plan's micro-batches. Two [b, T]."""
     inputs = (x[distinct] for x in (r.prompt_ids, r.prompt_lengths, r.completion_ids, r.mask))
     with autocast(model.device):
-        logprobs, entropy = token_logprobs(model, *inputs, temperature)
+        logprobs, entropy = distributed.call(model, token_logprobs, *inputs, temperature)
     return logprobs[line], entropy[line]
 
 
 @torch.no_grad()
 def score(model, rollout: Rollout, temperature: float, token_budget: int) -> tuple[Tensor, Tensor]:
-    """token_logprobs of a whole Rollout, without gradients, in micro-batches. Two [B, T]."""
+    """token_logprobs of a whole Rollout, without gradients, in micro-batches, on every process. Two [B, T]."""
     logprobs, entropy = torch.zeros_like(rollout.mask), torch.zeros_like(rollout.mask)
     everything = torch.arange(len(rollout), device=rollout.mask.device)
     for distinct, rows, line in scoring_plan(rollout, everything, token_budget):
         logprobs[rows], entropy[rows] = score_batch(model, rollout, distinct, line, temperature)
+    distributed.add_up(logprobs, entropy)  # each row stands in one process, and is 0 in the others
     return logprobs, entropy
 
 
@@ -351,9 +369,12 @@ def update(
     policy that sampled: with one minibatch the log-probs themselves, detached, so the ratio is exactly 1.
     active: [B] or [B, T], not zero where the objective can have a gradient, such as the advantages; None: everywhere.
     Rows that are zero throughout are not scored, but do count in the means.
+
+    An update whose loss or gradient is not finite is skipped, counted as "skipped_updates", and left out of the other
+    metrics: the weights are still good. With several processes each calls this with the whole rollout.
     """
-    sums: dict[str, float] = {}
-    norms, skipped = [], 0
+    sums: dict[str, float] = {}  # over the updates that were made
+    norms = []
     everything = torch.arange(len(rollout), device=rollout.mask.device)
     shares = [rows for rows in everything.chunk(minibatches) if len(rows)]
     active = torch.ones_like(rollout.rewards) if active is None else active
@@ -369,6 +390,7 @@ def update(
     for share, plan in zip(shares, plans, strict=True):
         weights = torch.zeros_like(rollout.mask)
         weights[share] = loss_weights(rollout.mask[share], reduction)
+        here: dict[str, float] = {}
         for distinct, rows, line in plan:
             logprobs, _ = score_batch(model, rollout, distinct, line, temperature)
             if len(plans) == 1:
@@ -378,52 +400,20 @@ def update(
             loss.backward()
             gap = (old[rows] - rollout.logprobs[rows]).abs()
             for name, value in {"sampling_logp_difference": gap, **extra}.items():
-                sums[name] = sums.get(name, 0.0) + float((value.detach() * rollout.mask[rows]).sum())
-            sums["loss"] = sums.get("loss", 0.0) + float(loss.detach())
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
-        if math.isfinite(norms[-1]) and math.isfinite(sums.get("loss", 0.0)):
+                here[name] = here.get(name, 0.0) + float((value.detach() * rollout.mask[rows]).sum())
+            here["loss"] = here.get("loss", 0.0) + float(loss.detach())
+        here = distributed.total(here)
+        distributed.add_up_gradients(model)
+        norm = float(distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
+        if math.isfinite(norm) and math.isfinite(here.get("loss", 0.0)):
             optimizer.step()
             scheduler.step()
-        else:
-            skipped += 1  # the weights are still good: do not let one bad batch into them
+            norms.append(norm)
+            for name, value in here.items():
+                sums[name] = sums.get(name, 0.0) + value
         optimizer.zero_grad(set_to_none=True)  # no need for this memory while sampling
 
-    per = {"loss": max(1, len(plans)), "sampling_logp_difference": max(1.0, float(rollout.mask[scored].sum()))}
+    per = {"loss": max(1, len(norms)), "sampling_logp_difference": max(1.0, float(rollout.mask[scored].sum()))}
     metrics = {k: v / per.get(k, max(1.0, float(rollout.mask.sum()))) for k, v in sums.items()}
-    metrics["skipped_updates"] = skipped
+    metrics["skipped_updates"] = len(plans) - len(norms)
     return {"loss": 0.0, **metrics, "grad_norm": sum(norms) / max(1, len(norms)), "lr": scheduler.get_last_lr()[0]}
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n completions, c of them correct, drawn without replacement, hold a correct one: the
-    unbiased estimator of pass@k (Chen et al., arXiv 2107.03374)."""
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def bootstrap(values: Tensor, draws: int = 1000) -> tuple[float, float]:
-    """95% interval of the mean of values [n], from `draws` samples of n of them with replacement; seeded."""
-    picks = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = values[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
-
-
-def evaluate(greedy: Rollout, sampled: Rollout, k: int) -> dict[str, float | tuple[float, float]]:
-    """Accuracy on one set of problems, from their verified completions: the most probable one, and k samples of each.
-
-    greedy: share of problems whose most probable completion is right. mean@k: share of right ones among the samples.
-    pass@j for j = 1, 2, 4 ... k. Beside each of these NAME stands NAME_ci, its 95% bootstrap interval over problems.
-    truncated: share of samples cut off at the limit. length: their mean, in tokens.
-    """
-    right = (sampled.rewards > 0.5).view(-1, k).sum(1).tolist()
-    values = {"greedy": (greedy.rewards > 0.5).float().cpu(), f"mean@{k}": torch.tensor(right) / k}
-    for j in (2**i for i in range(k.bit_length())):
-        values[f"pass@{j}"] = torch.tensor([pass_at_k(k, c, j) for c in right])
-    result = {}
-    for name, value in values.items():
-        result |= {name: float(value.mean()), f"{name}_ci": bootstrap(value)}
-    result["truncated"] = float((~sampled.finished).float().mean())
-    result["length"] = float(sampled.lengths().mean())
-    return result

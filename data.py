@@ -144,17 +144,18 @@ def load_rows(cfg) -> tuple[list[dict], list[dict]]:
 
     Evaluation rows come from --eval-dataset, else from the --eval-split of the data set, else they are held out.
     """
-    if cfg.dataset == "arithmetic":
-        return tiny.problems(8192, cfg.seed, held_out=False), tiny.problems(cfg.eval_rows, 0, held_out=True)
     columns, flag = (cfg.question_column, cfg.answer_column), f"--dataset {cfg.dataset}"
-    train = open_dataset("--dataset", cfg.dataset, cfg.dataset_config, cfg.train_split)
-    if train is None:
-        fail(f"{flag}: no split {cfg.train_split!r}; name one with --train-split")
-    train = usable(flag, as_rows(flag, train, *columns))
-    random.Random(0).shuffle(train)
+    if cfg.dataset == "arithmetic":
+        train = tiny.problems(8192, cfg.seed, held_out=False)
+    else:
+        train = open_dataset("--dataset", cfg.dataset, cfg.dataset_config, cfg.train_split)
+        if train is None:
+            fail(f"{flag}: no split {cfg.train_split!r}; name one with --train-split")
+        train = usable(flag, as_rows(flag, train, *columns))
+        random.Random(0).shuffle(train)
     if not cfg.eval_rows:
         return train, []
-    if cfg.eval_dataset == "arithmetic":
+    if (cfg.eval_dataset or cfg.dataset) == "arithmetic":
         held = tiny.problems(cfg.eval_rows, 0, held_out=True)
     elif cfg.eval_dataset or not Path(cfg.dataset).is_file():
         other, flag = cfg.eval_dataset or cfg.dataset, f"--eval-dataset {cfg.eval_dataset or cfg.dataset}"
@@ -162,11 +163,11 @@ def load_rows(cfg) -> tuple[list[dict], list[dict]]:
         if held is None and cfg.eval_dataset:
             fail(f"{flag}: no split {cfg.eval_split!r}; name one with --eval-split")
         held = held and usable(flag, as_rows(flag, held, *columns))
+        random.Random(0).shuffle(held or [])
     else:
         held = None
     if not held:
         held, train = train[: cfg.eval_rows], train[cfg.eval_rows :]
-    random.Random(0).shuffle(held)
     held = held[: cfg.eval_rows]
     asked = {" ".join(row["question"].split()) for row in held}
     kept = [row for row in train if " ".join(row["question"].split()) not in asked]

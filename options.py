@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 import typing
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Literal
 
 def fail(message: str):
     """Ends the program with one line on stderr and exit status 2: for what the user can put right."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, which all come here, one line is enough
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -27,6 +29,7 @@ class RunConfig:
     model: str | None = option(None, "hub name or local folder; without it: the tiny base, <out>/tiny-base")
     trust_remote_code: bool = option(False, "run code that the checkpoint brings along")
     gradient_checkpointing: bool = option(False, "compute activations twice to hold fewer of them")
+    fsdp: bool = option(False, "under torchrun: split weights, gradients and AdamW over the GPUs (FSDP2)")
     dataset: str = option("arithmetic", "arithmetic (built in), a hub name, a JSON/JSONL/Parquet file, a saved folder")
     dataset_config: str | None = option(None, "the hub data set's configuration; without it: main, or its first")
     train_split: str = option("train", "split to train on")
@@ -50,6 +53,7 @@ class RunConfig:
     rollout_rows: int = option(1024, "completions sampled at a time: memory, not results", at_least=1)
 
     steps: int = option(60, "rollout-and-update steps", at_least=0)
+    stop_tokens: int | None = option(None, "end earlier, once so many completion tokens were sampled", at_least=1)
     lr: float | None = option(None, "AdamW's; without it: 2e-4 below 10M parameters, else 1e-6", above=0)
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", above=0)

@@ -15,8 +15,12 @@ A run leaves in runs/<name>/: config.json; metrics.jsonl, a line a step, the sam
 timing.jsonl, seconds a step; completions.jsonl; eval.json, eval.csv and eval_completions.jsonl; the trained model in
 model/; checkpoint-N/, from which --resume goes on; curves.png.
 
-Exit status: 0 done; 1 stopped by itself (disk full, updates that are not finite); 2 the options or the input are wrong,
-and nothing was written; 130 Ctrl-C, 143 SIGTERM, both after the step in hand, with everything saved.
+`torchrun --nproc-per-node N` runs the same loop in N processes (distributed.py). Every process holds the whole rollout
+and takes every decision alike; what they split is in sample, verify and update. Process 0 writes.
+
+Exit status: 0 done; 1 stopped by itself (disk full, updates that are not finite, another process lost); 2 the options
+or the input are wrong, and nothing was written; 130 Ctrl-C, 143 SIGTERM, both after the step in hand, with everything
+saved.
 """
 
 import csv
@@ -31,6 +35,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +44,9 @@ from tqdm import tqdm
 
 import common
 import data
+import distributed
+import evaluation
+import files
 import tiny
 import verifier
 from common import Rollout
@@ -52,7 +60,10 @@ class Run:
 
     def __init__(self, cfg: RunConfig):
         self.cfg, out = cfg, Path(cfg.out)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = distributed.start()
+        self.writes = distributed.rank() == 0
+        if cfg.fsdp and "LOCAL_RANK" not in os.environ:
+            fail("--fsdp: it splits the model over several processes; start them with torchrun --nproc-per-node N")
         try:
             out.mkdir(parents=True, exist_ok=True)
             if not os.access(out, os.W_OK):
@@ -63,11 +74,12 @@ class Run:
             fail(f"--name {cfg.name}: {out / cfg.name} exists already; choose another, or --resume it")
         if cfg.track != "none" and not importlib.util.find_spec(cfg.track):
             fail(f"--track {cfg.track}: the package {cfg.track} is not installed")
-        checkpoint = last_checkpoint(Path(cfg.resume)) if cfg.resume else None
+        checkpoint = files.last_checkpoint(Path(cfg.resume)) if cfg.resume else None
 
         torch.manual_seed(cfg.seed)
         try:
-            self.source = cfg.model or str(tiny.base(out / "tiny-base"))
+            with distributed.main_first():
+                self.source = cfg.model or str(tiny.base(out / "tiny-base"))
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         self.model, self.tokenizer = self.load(str(checkpoint or self.source))
@@ -86,34 +98,55 @@ class Run:
         warmup = max(1, cfg.warmup_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup))
         self.uniforms = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
-        self.step = self.position = self.bad_updates = 0  # position: training prompts drawn so far
+        self.step = self.bad_updates = 0
+        self.position = self.tokens = 0  # training prompts drawn and completion tokens sampled so far
+        self.epoch, self.order = -1, []  # the order of the training rows, this time through them
         self.seconds: dict[str, float] = {}
         self.evaluations: list[dict] = []
-        self.reference, self.stop = None, 0  # stop: the exit status that a signal asked for
+        self.reference = None
+        self.asked = self.stop = 0  # the exit status that a signal asked for, and once all processes know of it
+        self.asked_at = 0.0
+        self.saved = -1  # the step of the last checkpoint
 
-        self.folder = Path(cfg.resume) if cfg.resume else new_folder(out, cfg.name)
+        folder = (Path(cfg.resume) if cfg.resume else files.new_folder(out, cfg.name)) if self.writes else None
+        self.folder = distributed.gather(folder)[0]
         if checkpoint:
             self.restore(checkpoint)
-        stored = {"method": Path(sys.argv[0]).stem, **dataclasses.asdict(cfg), "resume": None}
-        write_text(self.folder / "config.json", json.dumps(stored, indent=2) + "\n")
-        self.track = tracker(cfg.track, self.folder, stored)
+        stored = {"method": Path(sys.argv[0]).stem, **dataclasses.asdict(cfg), "resume": None, "eval_only": False}
+        if self.writes:
+            files.write_text(self.folder / "config.json", json.dumps(stored, indent=2) + "\n")
+        self.track = files.tracker(cfg.track if self.writes else "none", self.folder, stored)
 
     def load(self, source: str):
-        return data.load_model(source, self.device, self.cfg.trust_remote_code, self.cfg.gradient_checkpointing)
+        device = torch.device("cpu") if self.cfg.fsdp else self.device  # the whole model need not fit on a GPU
+        model, tokenizer = data.load_model(source, device, self.cfg.trust_remote_code, self.cfg.gradient_checkpointing)
+        if self.cfg.fsdp:
+            distributed.shard(model, self.device)
+        return model, tokenizer
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def on_signal(self, number: int, _) -> None:
-        if self.stop:  # the second time: at once
+        if self.asked and time.monotonic() - self.asked_at > 1:  # the second time: at once
             raise KeyboardInterrupt
-        self.stop = 128 + number
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if not self.asked and self.writes:
+            print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if not self.asked:  # torchrun sends on what the terminal has sent already
+            self.asked, self.asked_at = 128 + number, time.monotonic()
 
     def __exit__(self, kind, error, _):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if kind is None or (kind is SystemExit and self.stop):  # all processes come here
+            return distributed.finish()
+        if distributed.lost(error):
+            found = any(self.folder.glob("checkpoint-*"))
+            way = f"go on with --resume {self.folder}" if found else "no checkpoint was written yet (--save-every)"
+            print(f"error: process {distributed.rank()} lost another one in step {self.step}; {way}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)  # at once: what is left of the process group might wait for the lost one
         if kind is KeyboardInterrupt:
             print(f"stopped in step {self.step}; {self.folder} holds what was saved before it", file=sys.stderr)
             raise SystemExit(self.stop or 130) from None
@@ -124,43 +157,52 @@ class Run:
     def steps(self):
         """Yields the number of each step; evaluates before the first and after the last, then saves and reports."""
         cfg = self.cfg
-        if not self.evaluations:
+        if cfg.eval_only or not self.evaluations:
             self.evaluate()
         if cfg.eval_only:
             return self.report()
-        with tqdm(total=cfg.steps, initial=self.step, desc=self.folder.name, unit="step") as self.bar:
-            while self.step < cfg.steps and not self.stop:
+        shown = dict(desc=self.folder.name, unit="step", disable=not self.writes)
+        with tqdm(total=cfg.steps, initial=self.step, **shown) as self.bar:
+            while not self.stop and self.step < cfg.steps and self.tokens < (cfg.stop_tokens or math.inf):
                 self.step += 1
                 yield self.step
+                self.stop = max(distributed.gather(self.asked))  # some of the processes may have had no signal
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
                     self.evaluate()
                 if self.bad_updates >= BAD_UPDATES:
                     self.stop = 1
-                    print(f"\nerror: {self.bad_updates} updates in a row were not finite, and were skipped; "
-                          "a smaller --lr may help", file=sys.stderr)  # fmt: skip
+                    self.say(f"\nerror: {self.bad_updates} updates in a row were not finite, and were skipped; "
+                             "a smaller --lr may help")  # fmt: skip
                 if cfg.save_every and self.step % cfg.save_every == 0 and self.step < cfg.steps:
                     self.save()
         self.save()
         if self.stop:
-            print(f"saved in {self.folder} after step {self.step}; go on with --resume {self.folder}", file=sys.stderr)
+            self.say(f"saved in {self.folder} after step {self.step}; go on with --resume {self.folder}")
             raise SystemExit(self.stop)
         if self.evaluations and self.evaluations[-1]["step"] < self.step:
             self.evaluate()
-        tiny.write_folder(self.folder / "model", self.write_model)
+        self.write_model(self.folder / "model")
         return self.report()
 
     # --- sample, verify, update, log
 
     def generate(self, rows: list[dict], group_size: int, uniforms: Tensor | None) -> Rollout:
-        """Completions of these data rows, decoded, rewards still 0. uniforms None: the most probable tokens."""
-        prompts, per_batch, parts = [row["prompt_ids"] for row in rows], max(1, self.cfg.rollout_rows // group_size), []
-        for i in range(0, len(rows), per_batch):
-            some = None if uniforms is None else uniforms[i * group_size : (i + per_batch) * group_size]
-            shape = group_size, self.cfg.max_new_tokens
-            batch = prompts[i : i + per_batch]
-            how = dict(temperature=self.cfg.temperature, fixed=self.cfg.cuda_graphs)
-            parts.append(common.sample(self.model, batch, *shape, self.eos_ids, some, **how))
-        rollout = common.concatenate(parts)
+        """Completions of these data rows, decoded, rewards still 0. uniforms None: the most probable tokens.
+
+        Each process samples for some of the prompts, and gets what the others have sampled.
+        """
+        shape, how = (
+            (group_size, self.cfg.max_new_tokens),
+            dict(temperature=self.cfg.temperature, fixed=self.cfg.cuda_graphs),
+        )
+        share, per_batch, parts = distributed.mine(len(rows)), max(1, self.cfg.rollout_rows // group_size), []
+        with distributed.gathered(self.model):
+            for i in range(share.start, share.stop, per_batch):
+                some = slice(i, min(i + per_batch, share.stop))
+                numbers = None if uniforms is None else uniforms[some.start * group_size : some.stop * group_size]
+                prompts = [row["prompt_ids"] for row in rows[some]]
+                parts.append(common.sample(self.model, prompts, *shape, self.eos_ids, numbers, **how))
+        rollout = common.gather(common.concatenate(parts) if parts else None, self.device)
         kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
         texts = self.tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)
         rollout.texts = [
@@ -174,22 +216,25 @@ class Run:
         start = time.perf_counter()
         rows, n = [], len(self.train_rows)
         for i in range(self.position, self.position + self.cfg.n_prompts):
-            if i % n == 0 or not rows:  # a new order each time through the data
-                order = random.Random(f"{self.cfg.seed}-{i // n}").sample(range(n), n)
-            rows.append(self.train_rows[order[i % n]])
+            if self.epoch != i // n:  # a new order each time through the data
+                self.epoch = i // n
+                self.order = random.Random(f"{self.cfg.seed}-{self.epoch}").sample(range(n), n)
+            rows.append(self.train_rows[self.order[i % n]])
         self.position += self.cfg.n_prompts
         shape = (len(rows) * self.cfg.group_size, self.cfg.max_new_tokens)
         rollout = self.generate(rows, self.cfg.group_size, torch.rand(shape, generator=self.uniforms))
+        self.tokens += int(rollout.mask.sum())
         self.clock("sample", start)
         return rollout
 
     def verify(self, rollout: Rollout) -> Rollout:
         """Fills in the rewards: 1 for a right answer, else 0."""
-        start, rewards = time.perf_counter(), []
-        for text in rollout.texts:
-            reward, text["verdict"] = verifier.grade(text["completion"], text["answer"])
-            rewards.append(reward)
+        start, share = time.perf_counter(), rollout.texts[distributed.mine(len(rollout))]
+        grades = distributed.gather([verifier.grade(text["completion"], text["answer"]) for text in share])
+        rewards, verdicts = zip(*(grade for part in grades for grade in part), strict=True)
         rollout.rewards = torch.tensor(rewards, device=self.device)
+        for text, verdict in zip(rollout.texts, verdicts, strict=True):
+            text["verdict"] = verdict
         self.clock("verify", start)
         return rollout
 
@@ -248,13 +293,15 @@ class Run:
         uniforms = torch.rand(len(rows) * k, self.cfg.max_new_tokens, generator=same)
         greedy, sampled = self.verify(self.generate(rows, 1, None)), self.verify(self.generate(rows, k, uniforms))
         self.seconds = {}
-        result = {"step": self.step, **common.evaluate(greedy, sampled, k)}
-        self.evaluations.append(result)
-        write_text(self.folder / "eval.json", json.dumps(self.evaluations, indent=1) + "\n")
+        result = {"step": self.step, **evaluation.evaluate(greedy, sampled, k)}
+        self.evaluations = [e for e in self.evaluations if e["step"] != self.step] + [result]
+        if not self.writes:
+            return
+        files.write_text(self.folder / "eval.json", json.dumps(self.evaluations, indent=1) + "\n")
         with open(self.folder / "eval.csv", "w", newline="") as f:
-            table = csv.writer(f)
-            table.writerow(key for key in result if not key.endswith("_ci"))
-            table.writerows([v for key, v in e.items() if not key.endswith("_ci")] for e in self.evaluations)
+            table = csv.DictWriter(f, evaluation.names(self.evaluations), extrasaction="ignore")
+            table.writeheader()
+            table.writerows(self.evaluations)
         answers = [{**r, "greedy": True} for r in self.records(greedy)] + self.records(sampled)
         self.append("eval_completions.jsonl", *answers)
 
@@ -271,75 +318,74 @@ class Run:
             for i in range(0, len(rollout), stride)
         ]
 
+    def say(self, line: str) -> None:
+        if self.writes:
+            print(line, file=sys.stderr)
+
     def append(self, file: str, *records: dict) -> None:
+        if not self.writes:
+            return
         with open(self.folder / file, "a") as f:  # opened each time: what is logged is on disk
             f.writelines(json.dumps(record) + "\n" for record in records)
 
-    def write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def save(self) -> None:
-        """Writes checkpoint-<step> beside its place, renames it, and only then deletes older ones: at any moment there
-        is a whole one."""
+    def write_model(self, path: Path, extra: Callable[[Path], None] = lambda folder: None) -> None:
+        """Writes model, tokenizer and what `extra` adds beside `path`, and renames it."""
+        weights = distributed.whole_weights(self.model)  # of FSDP's parts, which every process must help with
 
         def write(folder: Path) -> None:
-            self.write_model(folder)
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "uniforms": self.uniforms.get_state(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all(),
-                "position": self.position,
-                "bad_updates": self.bad_updates,
-                "step": self.step,
-            }
-            torch.save(state, folder / "state.pt")
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
+            extra(folder)
 
-        target = self.folder / f"checkpoint-{self.step}"
-        if not target.exists():
-            tiny.write_folder(target, write)
-        for old in self.folder.glob("checkpoint-*"):
+        if self.writes:
+            files.write_folder(path, write)
+
+    def save(self) -> None:
+        """Writes checkpoint-<step>, and only then deletes older ones: at any moment there is a whole one."""
+        if self.saved == self.step:
+            return
+        self.saved, target = self.step, self.folder / f"checkpoint-{self.step}"
+        state = {
+            "optimizer": distributed.whole_state(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "uniforms": self.uniforms.get_state(),
+            "position": self.position,
+            "tokens": self.tokens,
+            "bad_updates": self.bad_updates,
+            "step": self.step,
+        }
+        self.write_model(target, lambda folder: torch.save(state, folder / "state.pt"))
+        for old in self.folder.glob("checkpoint-*") if self.writes else ():
             if old != target:
                 shutil.rmtree(old)
 
     def restore(self, checkpoint: Path) -> None:
         """Sets everything but the model, which is loaded already, and cuts the logs off after the checkpoint's step."""
         state = torch.load(checkpoint / "state.pt", weights_only=True)  # tensors and numbers; no pickled code
-        self.optimizer.load_state_dict(state["optimizer"])
+        distributed.load_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.uniforms.set_state(state["uniforms"])
-        torch.set_rng_state(state["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda"])
-        self.position, self.step, self.bad_updates = state["position"], state["step"], state["bad_updates"]
-        for leftover in self.folder.glob(".*-*"):  # of a write that was killed
-            shutil.rmtree(leftover)
-        for file in self.folder.glob("*.jsonl"):
-            kept = []
-            for line in file.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= self.step:
-                        kept.append(line + "\n")
-                except ValueError:
-                    break  # half a line, the last thing that a killed run wrote
-            file.write_text("".join(kept))
+        for name in ("position", "tokens", "step", "bad_updates"):
+            setattr(self, name, state[name])
+        self.saved = self.step
+        if self.writes:
+            files.cut_back(self.folder, self.step)
         if (self.folder / "eval.json").exists():
             stored = json.loads((self.folder / "eval.json").read_text())
             self.evaluations = [e for e in stored if e["step"] <= self.step]
 
     def report(self) -> None:
         """Prints the closing table, an evaluation a line, and draws curves.png."""
-        names = [n for n in (self.evaluations or [{}])[0] if n != "step" and not n.endswith("_ci")]
-        for e in [{n: n for n in ["step", *names]}, *self.evaluations]:
-            print("".join((e[n] if isinstance(e[n], str) else f"{e[n]:.4g}").rjust(11) for n in ["step", *names]))
+        names = evaluation.names(self.evaluations)
+        print("".join(n.rjust(11) for n in names))
+        for e in self.evaluations:
+            print("".join((f"{e[n]:.4g}" if n in e else "").rjust(11) for n in names))
         for e in self.evaluations[-1:]:
             intervals = (f"{n} {e[n + '_ci'][0]:.3f} to {e[n + '_ci'][1]:.3f}" for n in names if n + "_ci" in e)
             print("95% intervals of the last line:", ", ".join(intervals))
         print(f"\nin {self.folder}")
-        if self.cfg.save_plots:
-            plot(self.folder)
+        if self.cfg.save_plots and self.writes:
+            files.plot(self.folder)
 
 
 def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]:
@@ -350,7 +396,9 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]
     kv = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or D // heads)
     size = 2 if gpu else 4  # bytes of an activation
     weights = 4 * sum(p.numel() for p in model.parameters())
-    rows = min(cfg.rollout_rows, max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k))
+    share = distributed.world() if cfg.fsdp else 1
+    rows = -(-max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k) // distributed.world())
+    rows = min(cfg.rollout_rows, rows)
     cache = rows * (prompt_length + cfg.max_new_tokens) * 2 * layers * kv * size
     # Kept for the backward pass: in 16 bits about 34 D bytes a token and layer (Korthikanti et al., arXiv 2205.05198,
     # without the attention matrix), 2 D with checkpointing. Then the head: two float32 chunks and a weight gradient.
@@ -358,8 +406,8 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]
     kept = 2 if cfg.gradient_checkpointing else 34
     update = cfg.token_budget * layers * kept * D * size // 2 + 2 * 4 * chunk + 4 * V * D
     return {
-        "weights, gradients, AdamW": 4 * weights + (weights // 2 if gpu else 0),
-        "rollout": cache + 4 * rows * V * 4,
+        "weights, gradients, AdamW": 4 * weights // share + (weights // 2 if gpu else 0),
+        "rollout": cache + 4 * rows * V * 4 + (weights if cfg.fsdp else 0),
         "update": update,
     }
 
@@ -372,71 +420,8 @@ def check_memory(cfg: RunConfig, model, prompt_length: int) -> None:
     print(f"{n:,} parameters on {model.device.type}; memory estimated in GiB: {listed}")
     if model.device.type == "cuda":
         fixed, rollout, update = parts.values()
-        free = torch.cuda.mem_get_info()[0] + fixed // 4  # the weights are there already
+        free = min(distributed.gather(torch.cuda.mem_get_info()[0])) + fixed // 4  # the weights are there already
         for needed, way_out in ((fixed, "a smaller --model"), (fixed + rollout, "a smaller --rollout-rows"),
                                 (fixed + update, "a smaller --token-budget")):  # fmt: skip
             if needed > free:
                 fail(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose {way_out}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the file and renames: it holds the old text or the new, never half of one."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the latest step. Each that has its name is whole."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    if not found:
-        fail(f"--resume {folder}: there is no checkpoint in it")
-    return found[-1]
-
-
-def new_folder(out: Path, name: str | None) -> Path:
-    """<out>/<name>, or for no name the first free of <out>/<script>-1, -2, ..."""
-    stem, number = Path(sys.argv[0]).stem or "run", 1
-    while True:
-        folder = out / (name or f"{stem}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            if name:
-                fail(f"--name {name}: {folder} exists already; choose another, or --resume it")
-            number += 1
-
-
-def tracker(kind: str, folder: Path, config: dict):
-    """A function that sends a step's metrics on to a tracker."""
-    if kind == "none":
-        return lambda metrics: None
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(folder / "tensorboard")
-        return lambda metrics: [writer.add_scalar(name, v, metrics["step"]) for name, v in metrics.items()]
-    library = importlib.import_module(kind)  # wandb and trackio share these two calls
-    library.init(project="entropy-rl", name=folder.name, config=config)
-    return lambda metrics: library.log(metrics, step=metrics["step"])
-
-
-def plot(folder: Path) -> None:
-    """Draws reward, entropy and length over the steps of metrics.jsonl into curves.png."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if not (folder / "metrics.jsonl").exists():
-        return
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3), layout="constrained")
-    for axis, key in zip(axes, ("reward", "entropy", "completions/mean_length"), strict=True):
-        axis.plot([row["step"] for row in rows], [row[key] for row in rows])
-        axis.set(title=key, xlabel="step")
-    figure.savefig(folder / "curves.png", dpi=120)
-    pyplot.close(figure)

@@ -14,17 +14,16 @@ single steps reliably. So the base *can* solve the task and often *does not*: wh
 import hashlib
 import json
 import math
-import os
 import random
 import re
-import shutil
-import tempfile
 import zlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+
+import files
 
 MARKER = "#### "  # GSM8K's answer marker; one token, so that a guess is as short as it can be
 MAX_TOTAL = 29  # running totals stay in 0..29
@@ -153,18 +152,6 @@ def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, mi
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def write_folder(path: Path, write) -> None:
-    """Calls write(temporary folder) and renames the result to `path`, replacing what was there: whoever reads `path`
-    finds the old folder, the new one, or none, but never half of one."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        write(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def digest(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder but the manifest."""
     files = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
@@ -194,5 +181,5 @@ def base(path: Path, recipe: dict | None = None) -> Path:
         tokenizer.save_pretrained(folder)
         (folder / "manifest.json").write_text(json.dumps({**manifest, "files": digest(folder)}, indent=2))
 
-    write_folder(path, write)
+    files.write_folder(path, write)
     return path

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import common
+import evaluation
 import grpo
 import tiny
 
@@ -347,14 +348,14 @@ def test_concatenate_keeps_rows_and_tells_groups_apart(loaded):
 def test_pass_at_k_counts_the_draws_with_a_right_one():
     for n, c, k in itertools.product([5], range(6), range(1, 6)):
         draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert common.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+        assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_evaluate(loaded):
     greedy, sampled = rollout_of(*loaded, Q=3, G=1), rollout_of(*loaded, Q=3, G=4)
     greedy.rewards = torch.tensor([1.0, 0, 1])
     sampled.rewards = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
-    result = common.evaluate(greedy, sampled, 4)
+    result = evaluation.evaluate(greedy, sampled, 4)
     assert result["greedy"] == pytest.approx(2 / 3) and result["mean@4"] == pytest.approx(0.5)
     assert [result[f"pass@{k}"] for k in (1, 2, 4)] == pytest.approx([0.5, (5 / 6 + 0 + 1) / 3, 2 / 3])
     assert "pass@8" not in result and 0 < result["truncated"] < 1 and 1 < result["length"] <= T
@@ -364,7 +365,7 @@ def test_evaluate(loaded):
 
 def test_bootstrap_intervals_have_the_width_of_the_normal_ones():
     values = (torch.arange(400) % 4 == 0).float()
-    low, high = common.bootstrap(values)
+    low, high = evaluation.bootstrap(values)
     half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
     assert low == pytest.approx(0.25 - half, abs=0.01) and high == pytest.approx(0.25 + half, abs=0.01)
 

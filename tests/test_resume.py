@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from test_run import SCRIPTS, call, lines, refused
 
+import files
 import run as run_module
 
 
@@ -81,7 +82,7 @@ def test_killed_at_any_moment_a_whole_checkpoint_remains(small, tmp_path, monkey
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         leftovers += len(list(run.folder.glob(".checkpoint-*")))
-        checkpoint = run_module.last_checkpoint(run.folder)
+        checkpoint = files.last_checkpoint(run.folder)
         run.restore(checkpoint)  # raises if the state is not whole; cleans up
         assert set(load_file(checkpoint / "model.safetensors")) and run.step == int(checkpoint.name.split("-")[1])
         seen.add(run.step)
