@@ -27,17 +27,16 @@ from options import fail
 def start() -> torch.device:
     """Joins the other processes, if torchrun started this one. Returns the device to work on."""
     cuda = torch.cuda.is_available()
-    if "LOCAL_RANK" not in os.environ:
-        return torch.device("cuda" if cuda else "cpu")
-    here, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-    if cuda and wanted > here:
-        fail(f"torchrun --nproc-per-node {wanted}: there are {here} GPUs here, and each process needs its own")
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The limit is for a process that hangs; one that dies is noticed at once.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is printed, is printed once
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        here, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if cuda and wanted > here:
+            fail(f"torchrun --nproc-per-node {wanted}: there are {here} GPUs here, and each process needs its own")
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The limit is for a process that hangs; one that dies is noticed at once.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is printed, is printed once
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
@@ -105,9 +104,10 @@ def total(numbers: dict[str, float]) -> dict[str, float]:
 
 def add_up_gradients(model) -> None:
     """Makes every .grad the sum over the processes. All of them have gradients for the same parameters."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]  # none at all if no row had an advantage
     if is_sharded(model):
-        torch._foreach_mul_(gradients, world())  # FSDP has taken the mean
+        for gradient in gradients:
+            gradient.mul_(world())  # FSDP has taken the mean
     elif world() > 1:
         for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
             work.wait()
