@@ -168,7 +168,10 @@ def whole_weights(model) -> dict[str, Tensor] | None:
 
     if not is_sharded(model):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once  # loading ties them again
+    return {name: weight for name, weight in weights.items() if name not in tied}
 
 
 def whole_state(optimizer) -> dict:

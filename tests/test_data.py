@@ -137,6 +137,11 @@ def test_training_and_evaluation_never_share_a_question(tmp_path, capsys):
         assert not {row["question"] for row in rows} & {row["question"] for row in held}
 
 
+def test_the_built_in_task_can_be_evaluated_on_something_else(tmp_path):
+    train, held = data.load_rows(config(eval_dataset=write(tmp_path / "eval.jsonl", GSM8K)))
+    assert len(train) == 8192 and {row["question"] for row in held} == {row["question"] for row in GSM8K}
+
+
 def test_answers_that_cannot_be_verified_are_dropped_and_counted(tmp_path, capsys):
     bad = [{"question": "Why?", "answer": "because it was raining all day long"}, {"question": "Who?", "answer": ""}]
     train, _ = data.load_rows(config(dataset=write(tmp_path / "a.jsonl", GSM8K + bad), eval_rows=0))

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import math
 import os
 import random
 import shutil
@@ -119,6 +120,21 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(small, 
     assert all(torch.isfinite(v).all() for v in load_file(folder / "checkpoint-3" / "model.safetensors").values())
 
 
+def test_one_bad_update_of_several_does_not_mark_the_others(small, tmp_path, monkeypatch):
+    grpo, calls = importlib.import_module("grpo"), []
+    loss = grpo.loss
+
+    def once_nan(*args):
+        calls.append(1)
+        return loss(*args) * (torch.nan if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(grpo, "loss", once_nan)
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 2, "--minibatches", 3, "--n-prompts", 24))
+    rows = lines(tmp_path / "r" / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [1, 0]
+    assert all(math.isfinite(value) for row in rows for value in row.values()) and rows[0]["grad_norm"] > 0
+
+
 def test_a_batch_without_a_usable_group_changes_nothing(small, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "verifier", SimpleNamespace(grade=lambda *_: (0.0, "wrong")))
     call(monkeypatch, "dapo", *small("--name", "r", "--max-rounds", 2))
@@ -153,6 +169,27 @@ def test_eval_only(small, tmp_path, monkeypatch, capsys):
     assert {"mean@32", *(f"pass@{k}" for k in (1, 2, 4, 8, 16, 32))} <= set(result) and len(result["mean@32_ci"]) == 2
     assert len(lines(tmp_path / "e" / "eval_completions.jsonl")) == 4 * 33
     assert "pass@32" in capsys.readouterr().out and not (tmp_path / "e" / "metrics.jsonl").exists()
+
+
+def test_a_finished_run_can_be_evaluated_again_and_still_goes_on(small, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 1))
+    folder = tmp_path / "r"
+    call(monkeypatch, "grpo", "--resume", str(folder), "--eval-only", "--eval-k", "4")
+    before, after = json.loads((folder / "eval.json").read_text())
+    assert (before["step"], after["step"]) == (0, 1) and "mean@2" in before and "mean@4" in after
+    assert "mean@4" in capsys.readouterr().out and "mean@4" in (folder / "eval.csv").read_text()
+    call(monkeypatch, "grpo", "--resume", str(folder), "--steps", "2")
+    assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_budget_of_sampled_tokens_ends_a_run_resumed_or_not(small, tmp_path, monkeypatch):
+    budget = ("--steps", 50, "--stop-tokens", 700, "--save-every", 1)
+    call(monkeypatch, "grpo", *small("--name", "whole", *budget))
+    call(monkeypatch, "grpo", *small("--name", "half", "--steps", 2, "--save-every", 1))
+    call(monkeypatch, "grpo", "--resume", str(tmp_path / "half"), *map(str, budget))
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "half/metrics.jsonl").read_bytes()
+    tokens = [row["tokens"] for row in lines(tmp_path / "whole/timing.jsonl")]
+    assert sum(tokens[:-1]) < 700 <= sum(tokens)
 
 
 def test_a_tracker_that_is_not_installed_is_refused(small, tmp_path, monkeypatch, capsys):
