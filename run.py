@@ -40,7 +40,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import common
 import data
@@ -161,6 +160,8 @@ class Run:
             self.evaluate()
         if cfg.eval_only:
             return self.report()
+        from tqdm import tqdm
+
         shown = dict(desc=self.folder.name, unit="step", disable=not self.writes)
         with tqdm(total=cfg.steps, initial=self.step, **shown) as self.bar:
             while not self.stop and self.step < cfg.steps and self.tokens < (cfg.stop_tokens or math.inf):

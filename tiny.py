@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import files
 
@@ -122,6 +121,8 @@ def new_model(tokenizer, seed: int):
 
 def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, min_terms, max_terms, seed) -> None:
     """Supervised training of `model`, in place, on generated demonstrations; the loss is on the completion alone."""
+    from tqdm import tqdm
+
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     # Annealed to zero: a base that stops at a high learning rate carries one huge gradient direction, common to every
