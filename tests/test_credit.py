@@ -1,0 +1,220 @@
+"""The picture of credit: its numbers are those of the five scripts, and its page holds them safely. No browser here."""
+
+import inspect
+import json
+import re
+import warnings
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import script
+
+import dapo
+import egsw
+import grpo
+import grpo_s
+import gtpo
+import options
+from common import Rollout
+from experiments import credit
+from run import Run
+
+NASTY = [
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "&amp;",
+    "{{content}}",
+    r"$\frac$",
+    "\n",
+    "  ",
+    "\t",
+    "\x1b",
+    "数",
+]
+
+
+def rollout(lengths=(5, 3, 6, 4, 2, 6), right=(1, 0, 1, 0, 0, 0), group_size=2, width=6):
+    """Random log-probs and entropies; completions of these lengths, whose token ids count up from 0."""
+    torch.manual_seed(0)
+    lengths, B = torch.tensor(lengths), len(lengths)
+    mask = (torch.arange(width) < lengths[:, None]).float()
+    return Rollout(
+        prompt_ids=torch.zeros(B, 1, dtype=torch.long),
+        prompt_lengths=torch.ones(B, dtype=torch.long),
+        completion_ids=torch.arange(width).repeat(B, 1),
+        mask=mask,
+        logprobs=-torch.rand(B, width) * mask,
+        entropy=torch.rand(B, width) * mask,
+        finished=lengths < width,
+        group=torch.arange(B) // group_size,
+        rewards=torch.tensor(right, dtype=torch.float32),
+        texts=[{"question": NASTY[0], "answer": "#### 7", "completion": ""}] * B,
+    )
+
+
+def content(r, g=0, texts=tuple("abcdef")):
+    """The picture of group g, where token id k reads texts[k]."""
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: texts[ids[0]])
+    return credit.picture(r, g, tokenizer, options.RunConfig(max_new_tokens=r.mask.shape[1]))
+
+
+@pytest.mark.parametrize("name", credit.SCRIPTS)
+def test_credit_multiplies_the_gradient_of_each_log_prob(name):
+    """At the first update the gradient of a script's own loss, before the mean over tokens, is minus the credit."""
+    r = rollout()
+    got = credit.token_credit(r, 6)[name]
+    old = r.logprobs
+    logprobs = old.clone().requires_grad_()
+    cached = 0.2 * 6
+    A = {
+        "GRPO": lambda: grpo.advantages(r.rewards, r.group),
+        "DAPO": lambda: dapo.advantages(r.rewards, r.group, dapo.overlong_punishment(r.lengths(), 6, cached)),
+        "EGSW": lambda: egsw.advantages(r.rewards, r.group),
+        "GTPO": lambda: gtpo.advantages(
+            *gtpo.shaped_rewards(r.rewards, r.entropy, r.mask, r.group), r.rewards, r.mask, r.group
+        ),
+        "GRPO-S": lambda: grpo_s.advantages(
+            grpo_s.shaped_rewards(r.rewards, r.entropy, r.mask, r.group), r.rewards, r.group
+        ),
+    }[name]()
+    loss = credit.SCRIPTS[name].loss(logprobs, old, A, r.mask)
+    if name == "EGSW":
+        loss = egsw.weights(A, r.entropy, r.mask, r.group) * loss
+    loss.sum().backward()
+    assert got.shape == r.mask.shape
+    assert torch.allclose(-logprobs.grad, got, atol=1e-6)
+    assert got[:4].abs().sum() > 0
+    assert (got[4:] == 0).all()  # the group without a right completion
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("EGSW", egsw.weights),
+        ("GTPO", gtpo.shaped_rewards),
+        ("GTPO", gtpo.advantages),
+        ("GRPO-S", grpo_s.shaped_rewards),
+    ],
+)
+def test_the_functions_defaults_are_the_scripts(name, function):
+    """So that the test above, which takes the functions' defaults, speaks of the scripts' defaults."""
+    config = asdict(credit.SCRIPTS[name].Config())
+    renamed = {"temperature": "weight_temperature"}
+    defaults = {renamed.get(k, k): p.default for k, p in inspect.signature(function).parameters.items()}
+    same = {k: v for k, v in defaults.items() if k in config}
+    assert same == {k: config[k] for k in same}
+    assert len(same) >= 2
+
+
+def test_the_picture_holds_the_numbers_of_its_group_right_ones_first():
+    r = rollout(right=(1, 0, 0, 1, 0, 0))
+    shown, expected = content(r, g=1), credit.token_credit(r, 6)
+    for row, i in zip(shown["rows"], (3, 2), strict=True):
+        n = int(r.lengths()[i])
+        assert row["right"] == bool(r.rewards[i])
+        assert row["logprob"] == pytest.approx(r.logprobs[i, :n].tolist(), abs=1e-4)
+        assert row["entropy"] == pytest.approx(r.entropy[i, :n].tolist(), abs=1e-4)
+        assert list(row["credit"]) == ["GRPO", "DAPO", "EGSW", "GTPO", "GRPO-S"]
+        for name, values in row["credit"].items():
+            assert values == pytest.approx(expected[name][i, :n].tolist(), abs=1e-4)
+    assert shown["limit"] == 2.0
+    assert shown["answer"] == "7"
+
+
+def test_the_group_nearest_to_half_right_is_drawn():
+    group = torch.arange(3).repeat_interleave(4)
+    assert credit.choose(torch.tensor([1.0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 0]), group) == 1
+    assert credit.choose(torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]), group) == 2
+    assert credit.choose(torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]), group) is None
+
+
+def test_cells_show_what_has_no_glyph():
+    assert [credit.visible(text, False) for text in (" a", "\n\n", "\t", "  ", "", "\x1b[")] == [
+        "a", "⏎⏎", "⇥", "␣", "␣", "�[",
+    ]  # fmt: skip
+    assert credit.visible("<eos>", True) == "∎"
+    ended, cut = content(rollout())["rows"][0], content(rollout(lengths=(6, 3), right=(1, 0)))["rows"][0]
+    assert ended["shown"][-1] == "∎" and ended["text"][-1] == "e"
+    assert cut["shown"][-1] == "f"
+
+
+def test_the_page_is_one_file_that_loads_nothing():
+    page = credit.page(content(rollout()))
+    assert not re.search(r"https?:|//\w+\.|src=|href=|url\(|@import|fetch\(|import\(|XMLHttpRequest", page)
+    assert "default-src 'none'" in page
+
+
+def test_text_cannot_become_markup():
+    before = credit.page(content(rollout()))
+    texts = (*NASTY[:5], "<img src=x onerror=alert(1)>")
+    shown = content(rollout(lengths=(6, 6), right=(1, 0)), texts=texts)
+    page = credit.page(shown)
+    assert page.count("<") == before.count("<")
+    stored = re.search(r'<script type="application/json" id="content">(.*?)</script>', page, re.S).group(1)
+    assert json.loads(stored) == shown
+    assert shown["rows"][0]["text"] == list(texts)
+    # and the script of the page writes it as text only
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", page)
+
+
+def test_the_png_is_cut_to_rows_and_lines(tmp_path):
+    from PIL import Image
+
+    T = 30
+    r = rollout(lengths=(T, 9, 20, T), right=(1, 0, 1, 0), group_size=4, width=T)
+    shown, sizes = content(r, texts=NASTY * 3), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a token is no formula, and a missing glyph no news
+        for name, rows, lines in (("all", 9, 99), ("less", 2, 1)):
+            credit.draw(tmp_path / f"{name}.png", shown, rows, lines)
+            with Image.open(tmp_path / f"{name}.png") as image:
+                sizes.append(image.size)
+    assert sizes[0][1] > 2 * sizes[1][1]
+    assert max(width for width, _ in sizes) < 1500
+
+
+def sizes(small):
+    """The toy-size options that this script has."""
+    given = small("--n-prompts", 16)
+    wanted = ("--model", "--dataset", "--n-prompts", "--group-size", "--max-new-tokens")
+    return [part for k in range(0, len(given), 2) if given[k] in wanted for part in given[k : k + 2]]
+
+
+def test_both_files_come_from_one_command(small, tmp_path):
+    done = script("experiments/credit.py", *sizes(small), "--rows", "2", "--out", tmp_path / "deep" / "picture.png")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["picture.html", "picture.png"]  # no run folder
+    assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "deep" / "picture.html").read_text(encoding="utf-8")
+    shown = json.loads(re.search(r'id="content">(.*?)</script>', page, re.S).group(1))
+    assert {row["right"] for row in shown["rows"]} == {True, False}
+    assert len(shown["rows"]) == 4
+
+
+def test_the_batch_is_that_of_a_runs_first_step(small):
+    cfg, _ = credit.parse(sizes(small))
+    ours, _ = credit.sample(cfg)
+    with Run(options.parse(grpo.Config, "", small("--eval-rows", 0, "--n-prompts", 16))) as run:
+        theirs = run.verify(run.sample())
+    for name in ("completion_ids", "mask", "rewards", "entropy"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--rows", 0], "--rows"),
+        (["--alpha", 1], "--alpha"),
+        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--out", __file__ + "/x"], "--out"),
+        (["--temperature", 0.001], "no prompt has both outcomes"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(small, capsys, wrong, said):
+    with pytest.raises(SystemExit) as stop:
+        credit.main([*sizes(small), *map(str, wrong)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
