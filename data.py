@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import common
+import distributed
 import tiny
 import verifier
 from options import fail
@@ -72,6 +73,45 @@ def prompt_ids(tokenizer, question: str, system: str, template: str) -> list[int
         if "system" not in str(error).lower():
             raise
         return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{question}"}], **options)
+
+
+def estimate_memory(cfg, model, prompt_length: int) -> dict[str, int]:
+    """Bytes that the parts of a run will hold at once, roughly. The last two follow each other and do not add up."""
+    config, gpu = model.config.get_text_config(), model.device.type == "cuda"
+    D, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    heads = config.num_attention_heads
+    kv = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or D // heads)
+    size = 2 if gpu else 4  # bytes of an activation
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    share = distributed.world() if cfg.fsdp else 1
+    rows = -(-max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k) // distributed.world())
+    rows = min(cfg.rollout_rows, rows)
+    cache = rows * (prompt_length + cfg.max_new_tokens) * 2 * layers * kv * size
+    # Kept for the backward pass: in 16 bits about 34 D bytes a token and layer (Korthikanti et al., arXiv 2205.05198,
+    # without the attention matrix), 2 D with checkpointing. Then the head: two float32 chunks and a weight gradient.
+    chunk = max(common.CHUNK_ELEMENTS[model.device.type], V)
+    kept = 2 if cfg.gradient_checkpointing else 34
+    update = cfg.token_budget * layers * kept * D * size // 2 + 2 * 4 * chunk + 4 * V * D
+    return {
+        "weights, gradients, AdamW": 4 * weights // share + (weights // 2 if gpu else 0),
+        "rollout": cache + 4 * rows * V * 4 + (weights if cfg.fsdp else 0),
+        "update": update,
+    }
+
+
+def check_memory(cfg, model, prompt_length: int) -> None:
+    """Prints one line with the estimate, and refuses what cannot fit on the GPU."""
+    parts = estimate_memory(cfg, model, prompt_length)
+    n = sum(p.numel() for p in model.parameters())
+    listed = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in parts.items())
+    print(f"{n:,} parameters on {model.device.type}; memory estimated in GiB: {listed}")
+    if model.device.type == "cuda":
+        fixed, rollout, update = parts.values()
+        free = min(distributed.gather(torch.cuda.mem_get_info()[0])) + fixed // 4  # the weights are there already
+        for needed, way_out in ((fixed, "a smaller --model"), (fixed + rollout, "a smaller --rollout-rows"),
+                                (fixed + update, "a smaller --token-budget")):  # fmt: skip
+            if needed > free:
+                fail(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose {way_out}")
 
 
 # --- the problems -----------------------------------------------------------------------------------------------------

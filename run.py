@@ -91,7 +91,7 @@ class Run:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
         rows = data.load_rows(cfg)
         self.train_rows, self.eval_rows = (data.encode(cfg, self.tokenizer, side, limit) for side in rows)
-        check_memory(cfg, self.model, max(len(row["prompt_ids"]) for row in self.train_rows))
+        data.check_memory(cfg, self.model, max(len(row["prompt_ids"]) for row in self.train_rows))
 
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
         warmup = max(1, cfg.warmup_steps)
@@ -192,17 +192,17 @@ class Run:
 
         Each process samples for some of the prompts, and gets what the others have sampled.
         """
-        shape, how = (
-            (group_size, self.cfg.max_new_tokens),
-            dict(temperature=self.cfg.temperature, fixed=self.cfg.cuda_graphs),
-        )
-        share, per_batch, parts = distributed.mine(len(rows)), max(1, self.cfg.rollout_rows // group_size), []
+        cfg, share, parts = self.cfg, distributed.mine(len(rows)), []
+        per_batch = max(1, cfg.rollout_rows // group_size)
         with distributed.gathered(self.model):
             for i in range(share.start, share.stop, per_batch):
                 some = slice(i, min(i + per_batch, share.stop))
-                numbers = None if uniforms is None else uniforms[some.start * group_size : some.stop * group_size]
                 prompts = [row["prompt_ids"] for row in rows[some]]
-                parts.append(common.sample(self.model, prompts, *shape, self.eos_ids, numbers, **how))
+                numbers = None if uniforms is None else uniforms[some.start * group_size : some.stop * group_size]
+                parts.append(common.sample(
+                    self.model, prompts, group_size, cfg.max_new_tokens, self.eos_ids, numbers, cfg.temperature,
+                    fixed=cfg.cuda_graphs,
+                ))  # fmt: skip
         rollout = common.gather(common.concatenate(parts) if parts else None, self.device)
         kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
         texts = self.tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)
@@ -387,42 +387,3 @@ class Run:
         print(f"\nin {self.folder}")
         if self.cfg.save_plots and self.writes:
             files.plot(self.folder)
-
-
-def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]:
-    """Bytes that the parts of a run will hold at once, roughly. The last two follow each other and do not add up."""
-    config, gpu = model.config.get_text_config(), model.device.type == "cuda"
-    D, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    heads = config.num_attention_heads
-    kv = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or D // heads)
-    size = 2 if gpu else 4  # bytes of an activation
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    share = distributed.world() if cfg.fsdp else 1
-    rows = -(-max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k) // distributed.world())
-    rows = min(cfg.rollout_rows, rows)
-    cache = rows * (prompt_length + cfg.max_new_tokens) * 2 * layers * kv * size
-    # Kept for the backward pass: in 16 bits about 34 D bytes a token and layer (Korthikanti et al., arXiv 2205.05198,
-    # without the attention matrix), 2 D with checkpointing. Then the head: two float32 chunks and a weight gradient.
-    chunk = max(common.CHUNK_ELEMENTS[model.device.type], V)
-    kept = 2 if cfg.gradient_checkpointing else 34
-    update = cfg.token_budget * layers * kept * D * size // 2 + 2 * 4 * chunk + 4 * V * D
-    return {
-        "weights, gradients, AdamW": 4 * weights // share + (weights // 2 if gpu else 0),
-        "rollout": cache + 4 * rows * V * 4 + (weights if cfg.fsdp else 0),
-        "update": update,
-    }
-
-
-def check_memory(cfg: RunConfig, model, prompt_length: int) -> None:
-    """Prints one line with the estimate, and refuses what cannot fit on the GPU."""
-    parts = estimate_memory(cfg, model, prompt_length)
-    n = sum(p.numel() for p in model.parameters())
-    listed = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in parts.items())
-    print(f"{n:,} parameters on {model.device.type}; memory estimated in GiB: {listed}")
-    if model.device.type == "cuda":
-        fixed, rollout, update = parts.values()
-        free = min(distributed.gather(torch.cuda.mem_get_info()[0])) + fixed // 4  # the weights are there already
-        for needed, way_out in ((fixed, "a smaller --model"), (fixed + rollout, "a smaller --rollout-rows"),
-                                (fixed + update, "a smaller --token-budget")):  # fmt: skip
-            if needed > free:
-                fail(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose {way_out}")
