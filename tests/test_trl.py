@@ -1,0 +1,305 @@
+"""EGSW, GTPO and GRPO-S in the real TRL, with the toy model: its losses and gradients are those of the scripts."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import common
+import dapo
+import egsw
+import grpo
+import grpo_s
+import gtpo
+import tiny
+from integrations.trl_trainer import SCRIPTS, SETTINGS, EntropyGRPOTrainer, advantages
+from verifier import math_reward
+
+ROOT = Path(__file__).parent.parent
+REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's loss_type: ours
+
+# Every option of each method, none at its default: a mix-up of two would show.
+OPTIONS = {
+    "egsw": dict(advantage="rloo", alpha=1.0, weight_temperature=0.7, step_wise=False, mean_one=False),
+    "gtpo": dict(
+        alpha1=0.9, alpha2=0.3, compare="matrix", mean="geometric", scope="group", normalize="own", entropy_min=0.01,
+        entropy_max=0.5, overlong_gamma=0.75,
+    ),
+    "grpo_s": dict(beta1=0.9, beta2=0.3, mean="geometric", entropy_min=0.01),
+}  # fmt: skip
+
+
+def reward(completions, answer, **_):
+    return [math_reward(c, a) for c, a in zip(completions, answer, strict=True)]
+
+
+def token_loss(method, options, batch, new, old, rows, limits):
+    """The loss of the tokens of these rows [b, T], put together as in main() of the method's script."""
+    c = SCRIPTS[method].Config(**options)
+    r, H, mask, group = batch.rewards, batch.entropy, batch.mask, batch.group
+    if method == "egsw":
+        A = egsw.advantages(r, group, c.advantage)
+        shape = dict(alpha=c.alpha, temperature=c.weight_temperature, step_wise=c.step_wise, mean_one=c.mean_one)
+        return egsw.weights(A, H, mask, group, **shape)[rows] * egsw.loss(new, old, A[rows], mask[rows], **limits)
+    if method == "grpo_s":
+        shape = dict(beta1=c.beta1, beta2=c.beta2, mean=c.mean, entropy_min=c.entropy_min)
+        A = grpo_s.advantages(grpo_s.shaped_rewards(r, H, mask, group, **shape), r, group)
+        return grpo_s.loss(new, old, A[rows], mask[rows], **limits)
+    extra = c.overlong_gamma and gtpo.overlong_punishment(r, mask.sum(1), group, c.overlong_gamma)
+    shape = dict(alpha1=c.alpha1, alpha2=c.alpha2, compare=c.compare, mean=c.mean, scope=c.scope, punishment=extra)
+    shaped = gtpo.shaped_rewards(r, H, mask, group, entropy_min=c.entropy_min, entropy_max=c.entropy_max, **shape)
+    A = gtpo.advantages(*shaped, r, mask, group, scope=c.scope, normalize=c.normalize)
+    return gtpo.loss(new, old, A[rows], mask[rows], **limits)
+
+
+def recorder(base, ours):
+    """A subclass of a trainer that computes everything a second time, and notes what it finds.
+
+    `ours(batch, new, old, rows, limits)` returns the loss of these rows' tokens, [b, T]; `batch` is the generation
+    batch of all processes. Noted are `losses`, of each micro-batch, and `gradients`, of each optimizer step, both as
+    pairs (TRL's, ours). Log-probs are common.token_logprobs'; TRL's are the ids, masks, rewards and entropies alone.
+    """
+
+    class Recorder(base):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            self.losses, self.gradients, self.rows, self.entropy = [], [], [], None
+            self.add_callback(BeforeStep(self))
+
+        def _calculate_rewards(self, *args):
+            self.all_rewards = super()._calculate_rewards(*args)
+            return self.all_rewards
+
+        def _get_per_token_logps_and_entropies(self, *args, **keywords):
+            result = super()._get_per_token_logps_and_entropies(*args, **keywords)
+            if not torch.is_grad_enabled() and result[1] is not None:
+                self.entropy = result[1]
+            return result
+
+        def _generate_and_score_completions(self, inputs):
+            out = super()._generate_and_score_completions(inputs)
+            n = len(out["prompt_ids"])
+            out["row"] = torch.arange(n) + n * self.accelerator.process_index  # TRL shuffles it along with the rest
+            extra = {} if self.entropy is None else {"entropy": self.entropy}
+            parts = gather_object([{k: v for k, v in (out | extra).items() if v.dim() > 0}])
+            width = max(self.max_completion_length, *(part["completion_ids"].shape[1] for part in parts))
+
+            def rows_of(key, mask):  # of all processes, without padding
+                return [x[m > 0] for part in parts for x, m in zip(part[key], part[mask], strict=True)]
+
+            def padded(rows):  # [B, T], T the longest completion allowed, as in a Rollout
+                return torch.stack([torch.nn.functional.pad(x, (0, width - len(x))) for x in rows])
+
+            prompts, completions = rows_of("prompt_ids", "prompt_mask"), rows_of("completion_ids", "completion_mask")
+            self.batch = SimpleNamespace(
+                prompt_ids=pad_sequence(prompts, batch_first=True),
+                prompt_lengths=torch.tensor([len(x) for x in prompts]),
+                completion_ids=padded(completions),
+                mask=padded([torch.ones(len(x)) for x in completions]),
+                rewards=self.all_rewards[:, 0],
+                group=torch.arange(len(prompts)) // self.num_generations,
+                local=[part["advantages"] for part in parts],  # of each process
+            )
+            with torch.no_grad():
+                self.batch.logprobs, self.batch.entropy = self.score(torch.arange(len(prompts)))
+            if extra:
+                # Compared here, and then TRL's are taken: GTPO divides by entropies and so magnifies their rounding.
+                theirs = padded(rows_of("entropy", "completion_mask"))
+                torch.testing.assert_close(theirs, self.batch.entropy, atol=2e-5, rtol=0)
+                self.batch.entropy = theirs
+            return out
+
+        def score(self, rows):
+            inputs = (getattr(self.batch, k)[rows] for k in ("prompt_ids", "prompt_lengths", "completion_ids", "mask"))
+            return common.token_logprobs(self.model, *inputs, self.temperature)
+
+        def our_loss(self, rows):
+            """The share of these rows in the loss of an optimizer step, with a gradient."""
+            new, _ = self.score(rows)
+            steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+            old = new.detach() if steps == 1 else self.batch.logprobs[rows]
+            limits = dict(clip_low=self.epsilon_low, clip_high=self.epsilon_high)
+            if self.beta:  # while there is one rollout, the policy that wrote it is the reference
+                limits |= dict(kl_coef=self.beta, kl=grpo.k3(new, self.batch.logprobs[rows]))
+            per_token = ours(self.batch, new, old, rows, limits)
+            weights = common.loss_weights(self.batch.mask, REDUCTIONS[self.loss_type])[rows]
+            return steps * (per_token * weights).sum()  # weights are those of the generation batch: TRL's average step
+
+        def _compute_loss(self, model, inputs):
+            loss = super()._compute_loss(model, inputs)
+            self.rows.append(inputs["row"])
+            with torch.no_grad():  # DDP will average over processes
+                self.losses.append((float(loss), self.accelerator.num_processes * float(self.our_loss(inputs["row"]))))
+            return loss
+
+    class BeforeStep(TrainerCallback):
+        def __init__(self, trainer):
+            self.trainer = trainer
+
+        def on_pre_optimizer_step(self, *_, **__):
+            t = self.trainer
+            rows, t.rows = torch.cat(gather_object(t.rows)), []
+            parameters = list(t.model.parameters())
+            ours = torch.autograd.grad(t.our_loss(rows), parameters)
+            t.gradients.append([torch.cat([g.flatten() for g in x]) for x in ([p.grad for p in parameters], ours)])
+
+    return Recorder
+
+
+def trained(cls, toy, out, steps_per_rollout=1, reward=reward, **keywords):
+    """A trainer of `cls` after two optimizer steps of two micro-batches each, on two-term problems."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(toy), AutoTokenizer.from_pretrained(toy)
+    rows = [{"prompt": p["question"], "answer": p["answer"]} for p in tiny.problems(40, 0, False, 2, 2)]
+    ours = {k: keywords.pop(k) for k in ("method", "method_options") if k in keywords}
+    settings = dict(
+        output_dir=str(out), per_device_train_batch_size=16, gradient_accumulation_steps=2,
+        steps_per_generation=2 * steps_per_rollout, num_generations=4, max_completion_length=12, max_steps=2,
+        learning_rate=0.005, max_grad_norm=0, lr_scheduler_type="constant", bf16=False, use_cpu=True,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    args = GRPOConfig(**settings | keywords)
+    trainer = cls(model, reward, args, Dataset.from_list(rows), processing_class=tokenizer, **ours)
+    trainer.train()
+    return trainer
+
+
+def check(trainer):
+    assert len(trainer.losses) == 4 and len(trainer.gradients) == 2
+    for theirs, ours in trainer.losses:
+        assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-6)
+    for theirs, ours in trainer.gradients:
+        assert theirs.norm() > 1e-3
+        assert (theirs - ours).norm() < 1e-5 * ours.norm()
+
+
+@pytest.mark.parametrize("options", ["defaults", "every option"])
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_losses_and_gradients_are_ours(method, options, toy, tmp_path):
+    """In micro-batches of two optimizer steps on one rollout, so that the second is off-policy and clipped."""
+    more = dict(method=method, **SETTINGS[method])
+    if options == "every option":
+        more |= dict(method_options=OPTIONS[method], temperature=0.7, beta=0.0 if method == "egsw" else 0.1)
+    cls = recorder(EntropyGRPOTrainer, partial(token_loss, method, more.get("method_options", {})))
+    trainer = trained(cls, toy, tmp_path, steps_per_rollout=2, **more)
+    check(trainer)
+    assert trainer.state.log_history[1]["clip_ratio/region_mean"] > 0.01
+
+
+@pytest.mark.parametrize("loss_type", REDUCTIONS)
+def test_trls_own_losses_are_ours(loss_type, toy, tmp_path):
+    """Plain GRPOTrainer and grpo.py or dapo.py, given the same advantages. These differ in the std and its epsilon."""
+    script, scale = dapo if loss_type == "dapo" else grpo, "none" if loss_type == "dr_grpo" else "group"
+
+    def ours(batch, new, old, rows, limits):
+        return script.loss(new, old, torch.cat(batch.local)[rows], batch.mask[rows], **limits)
+
+    more = dict(loss_type=loss_type, scale_rewards=scale, epsilon_high=0.28 if script is dapo else 0.2)
+    more |= dict(beta=0.1, use_bias_correction_kl=False) if loss_type == "grpo" else {}
+    trainer = trained(recorder(GRPOTrainer, ours), toy, tmp_path, steps_per_rollout=2, **more)
+    check(trainer)
+    r, group = trainer.batch.rewards, trainer.batch.group
+    expected = grpo.advantages(r, group, "dr_grpo")
+    if scale == "group":
+        expected = expected / (r.view(-1, 4).std(1).repeat_interleave(4) + 1e-4)
+    torch.testing.assert_close(torch.cat(trainer.batch.local), expected)
+
+
+@pytest.mark.parametrize("method, option", [("egsw", "alpha"), ("gtpo", "alpha2"), ("grpo_s", "beta2")])
+def test_another_weight_of_the_entropy_is_another_loss(method, option, toy, tmp_path):
+    """TRL's losses move with the option, and the comparison above tells them from ours with its default."""
+    cls = recorder(EntropyGRPOTrainer, partial(token_loss, method, {}))
+    trainer = trained(cls, toy, tmp_path, method=method, method_options={option: 0.7}, **SETTINGS[method])
+    assert max(abs(theirs - ours) for theirs, ours in trainer.losses) > 1e-4
+    with pytest.raises(AssertionError):
+        check(trainer)
+
+
+def test_settings_are_the_scripts_defaults():
+    for method, script in SCRIPTS.items():
+        default, given = script.Config(), SETTINGS[method]
+        assert REDUCTIONS[given["loss_type"]] == default.reduction
+        assert (given["epsilon"], given["epsilon_high"]) == (default.clip_low, default.clip_high)
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_masked_and_unscored_rows_leave_no_trace(method, toy, tmp_path):
+    """Truncated rows that TRL masks out, and rows for which the reward is None, belong to no group and get 0."""
+
+    def some(completions, answer, **_):
+        return [None if i % 5 == 2 else r for i, r in enumerate(reward(completions, answer))]
+
+    cls = recorder(EntropyGRPOTrainer, partial(token_loss, method, {}))
+    more = dict(method=method, mask_truncated_completions=True, max_completion_length=8, **SETTINGS[method])
+    trainer = trained(cls, toy, tmp_path, reward=some, steps_per_rollout=2, **more)
+    batch, A = trainer.batch, trainer.batch.local[0]
+    masked, unscored = ~batch.mask.any(1), batch.rewards.isnan()
+    kept = ~masked & ~unscored
+    assert masked.any() and unscored.any() and (unscored & ~masked).any()
+    assert A.isfinite().all() and (A[~kept] == 0).all() and (A[kept] != 0).any()
+    fields = (getattr(batch, k)[kept] for k in ("rewards", "entropy", "mask", "group"))
+    torch.testing.assert_close(
+        A[kept], advantages(SCRIPTS[method].Config(), *fields)[:, : A.shape[1]].expand_as(A[kept])
+    )
+
+
+@pytest.mark.parametrize(
+    "method, wrong",
+    [
+        ("grpo_s", dict(importance_sampling_level="token")),
+        ("egsw", dict(beta=0.1)),
+        ("gtpo", dict(scale_rewards="none")),
+        ("gtpo", dict(multi_objective_aggregation="normalize_then_sum")),
+        ("gtpo", dict(method_options=dict(alpha=1.0))),
+        ("gtpo", dict(method_options=dict(reduction="sequence"))),
+        ("grpo_s", dict(method_options=dict(lr=1.0))),
+        ("grpo_s", dict(method_options=dict(mean="geometrical"))),
+    ],
+)
+def test_what_would_be_another_method_is_refused(method, wrong, toy, tmp_path):
+    name = next(iter(wrong.get("method_options", wrong)))
+    with pytest.raises(ValueError, match=f"wrong: {name}$"):
+        trained(EntropyGRPOTrainer, toy, tmp_path, method=method, **SETTINGS[method] | wrong)
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def worker(toy, out):
+    """What each process of the test below runs: 14 of the 28 rows, so that the fourth of seven groups spans both. The
+    second process stops at 8 tokens, so that their paddings differ."""
+    rank, found = int(os.environ["RANK"]), {}
+    for method in SCRIPTS:
+        cls = recorder(EntropyGRPOTrainer, partial(token_loss, method, {}))
+        more = dict(per_device_train_batch_size=7, max_completion_length=(12, 8)[rank], learning_rate=0.001)
+        trainer = trained(cls, toy, out, method=method, **SETTINGS[method], **more)
+        check(trainer)
+        found[method] = dict(local=trainer.batch.local, rewards=trainer.batch.rewards)
+    torch.save(found, Path(out) / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_groups_may_span_processes(toy, tmp_path):
+    """Losses of the micro-batches of two processes, and DDP's gradient, are ours for the whole batch."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+        f"import test_trl; test_trl.worker({str(toy)!r}, {str(tmp_path)!r})\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for method in SCRIPTS:
+        assert torch.equal(first[method]["rewards"], second[method]["rewards"])
+        assert [tuple(A.shape) for A in first[method]["local"]] == [(14, 12), (14, 8)]
