@@ -8,6 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("trl", minversion="1.16")
+
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset

@@ -1,0 +1,120 @@
+"""EGSW, GTPO and GRPO-S in verl (written for 0.9.1): advantage estimators, policy losses, trainers.
+
+    PYTHONPATH=<this repository> VERL_USE_EXTERNAL_MODULES=integrations.verl_plugin python -m verl.trainer.main_ppo ...
+
+egsw.py, gtpo.py and grpo_s.py do the computing. Their options go below the method's name: +algorithm.egsw.alpha=0.7.
+integrations/README.md has a whole command line, all keys and the limits.
+
+verl scores each rollout at the sampling temperature and stores the entropies (nats), but gives them to no estimator.
+The trainers entropy_sync, entropy_colocate_async and entropy_separate_async, otherwise verl's own, do.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+
+import numpy as np
+import torch
+import transfer_queue
+from torch import Tensor
+from verl.trainer.ppo.core_algos import agg_loss, register_adv_est, register_policy_loss
+from verl.trainer.ppo.v1 import get_trainer_cls, register_trainer
+
+import egsw
+import grpo_s
+import gtpo
+
+ENTROPY: ContextVar[Tensor | None] = ContextVar("entropy", default=None)  # [B, T] of the batch in hand
+NO_ENTROPY = """{}: no entropies. Set trainer.v1.trainer_mode=entropy_sync (or entropy_colocate_async, or
+entropy_separate_async), and not algorithm.rollout_correction.bypass_mode, which skips the pass that computes them."""
+
+
+# This and the next two: rewards [B], entropy, mask [B, T], group [B] and the keys of algorithm.<method> -> [B, T].
+def egsw_advantages(rewards, entropy, mask, group, advantage="grpo", weight_temperature=2.0, **options) -> Tensor:
+    A = egsw.advantages(rewards, group, advantage)  # [B]
+    # the weights are positive constants, so to weigh the advantage is to weigh the whole clipped loss
+    return A[:, None] * egsw.weights(A, entropy, mask, group, temperature=weight_temperature, **options)
+
+
+def gtpo_advantages(rewards, entropy, mask, group, scope="batch", normalize="all", overlong_gamma=None, **options):
+    if overlong_gamma is not None:
+        options["punishment"] = gtpo.overlong_punishment(rewards, mask.sum(1), group, overlong_gamma)
+    shaped = gtpo.shaped_rewards(rewards, entropy, mask, group, scope=scope, **options)
+    return gtpo.advantages(*shaped, rewards, mask, group, scope, normalize)
+
+
+def grpo_s_advantages(rewards, entropy, mask, group, **options) -> Tensor:
+    shaped = grpo_s.shaped_rewards(rewards, entropy, mask, group, **options)
+    return grpo_s.advantages(shaped, rewards, group)[:, None] * mask
+
+
+def estimator(name: str, advantages: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """verl's form of an estimator: advantages and returns, here the same, two [B, T], 0 where response_mask is 0.
+
+    token_level_rewards, response_mask: [B, T]; index: [B], any strings, one a prompt, in any order. A completion is
+    right if its rewards sum to more than 0.5. ValueError if the entropies are missing, TypeError for an unknown key.
+    """
+
+    def estimate(token_level_rewards, response_mask, index, config, **_):
+        if (entropy := ENTROPY.get()) is None:
+            raise ValueError(NO_ENTROPY.format(name))
+        rows = response_mask.any(1)  # verl fills batches up with rows that have no token, and so no mean entropy
+        group = torch.from_numpy(np.unique(index.astype(str), return_inverse=True)[1]).to(rows.device)
+        inputs = token_level_rewards.sum(1), entropy, response_mask.float(), group
+        result = torch.zeros_like(entropy)
+        result[rows] = advantages(*(x[rows] for x in inputs), **(config.get(name) or {}))
+        return result, result
+
+    return estimate
+
+
+def sequence_loss(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, ratio="geometric") -> Tensor:
+    """grpo_s.loss of advantages that are [B, T] and the same at every token of a completion. -> [B, T]"""
+    A = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
+    return grpo_s.loss(logprobs, old_logprobs, A, mask, clip_low, clip_high, ratio)
+
+
+def policy_loss(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """verl's form of a policy loss: [b, T] tensors -> the scalar to differentiate, and metrics. No dual clip, unlike
+    verl's "vanilla": the papers have none."""
+
+    def compute(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights=None):
+        *_, mask = inputs = [x.float() for x in (log_prob, old_log_prob, advantages, response_mask)]  # may be bf16
+        per_token = loss(*inputs, config.clip_ratio_low, config.clip_ratio_high)
+        clipped = (per_token != loss(*inputs, torch.inf, torch.inf)).float()
+        metrics = {"actor/pg_clipfrac": float((clipped * mask).sum() / mask.sum().clamp(min=1))}
+        if rollout_is_weights is not None:
+            per_token = per_token * rollout_is_weights
+        return agg_loss(per_token, mask, loss_agg_mode, **config.global_batch_info), metrics
+
+    return compute
+
+
+def entropy_trainer(mode: str) -> type:
+    """verl's trainer of this mode, with the stored entropies at hand while it computes advantages."""
+
+    class EntropyTrainer(get_trainer_cls(mode)):
+        def __init__(self, config):
+            config.trainer.v1.trainer_mode = mode  # by this name verl chooses its replay buffer
+            super().__init__(config)
+
+        def _compute_advantage(self, batch, metrics):
+            data = transfer_queue.kv_batch_get(batch.keys, batch.partition_id, select_fields=["entropy"])
+            token = ENTROPY.set(data["entropy"].to_padded_tensor(0.0).float() if len(data.keys()) else None)
+            try:
+                return super()._compute_advantage(batch, metrics)
+            finally:
+                ENTROPY.reset(token)
+
+    return EntropyTrainer
+
+
+register_adv_est("egsw")(estimator("egsw", egsw_advantages))
+register_adv_est("gtpo")(estimator("gtpo", gtpo_advantages))
+register_adv_est("grpo_s")(estimator("grpo_s", grpo_s_advantages))
+register_policy_loss("egsw")(policy_loss(egsw.loss))
+register_policy_loss("gtpo")(policy_loss(gtpo.loss))
+register_policy_loss("grpo_s")(policy_loss(sequence_loss))
+register_policy_loss("grpo_s_arithmetic")(policy_loss(partial(sequence_loss, ratio="arithmetic")))
+for mode in ("sync", "colocate_async", "separate_async"):
+    register_trainer(f"entropy_{mode}")(entropy_trainer(mode))
