@@ -74,11 +74,16 @@ def solve(rng: random.Random, question: str, guess: float = 0.0, merge: float = 
 
 
 def problems(n: int, seed: int, held_out: bool, min_terms: int = 4, max_terms: int = 6) -> list[dict]:
-    """`n` distinct rows {"question", "answer"} of one side of the split, the same for the same seed."""
-    rng, rows = random.Random(f"{held_out}-{seed}"), {}
+    """`n` distinct rows {"question", "answer"} of one side of the split, the same for the same seed.
+
+    ValueError if there seem to be fewer: there are some hundred chains of two terms, and thousands of three."""
+    rng, rows, in_vain = random.Random(f"{held_out}-{seed}"), {}, 0
     while len(rows) < n:
-        q = question(rng, min_terms, max_terms, held_out)
+        q, known = question(rng, min_terms, max_terms, held_out), len(rows)
         rows[q] = {"question": q, "answer": solve(rng, q)}
+        in_vain = in_vain + 1 if len(rows) == known else 0
+        if in_vain > 10_000:
+            raise ValueError(f"found {known} of {n} chains of {min_terms} to {max_terms} terms")
     return list(rows.values())
 
 

@@ -91,3 +91,8 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_default_base_has_the_stated_size():
     assert 100_000 < sum(p.numel() for p in tiny.new_model(tiny.new_tokenizer(), 0).parameters()) < 250_000
+
+
+def test_more_problems_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="of 4096 chains"):
+        tiny.problems(4096, 0, held_out=False, min_terms=2, max_terms=2)

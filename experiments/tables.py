@@ -1,0 +1,73 @@
+"""Markdown tables from the rows of results.csv and cost.csv, for compare.py.
+
+Means stand over n seeds, with 95% bootstrap intervals over them, which are rough where n is as small as here. The
+runs of a seed share base and prompts, so the difference between two of them is taken seed by seed.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from evaluation import bootstrap
+
+
+def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
+    """Mean and 95% bootstrap interval over seeds. One seed has no interval."""
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    if len(values) == 1:
+        return mean
+    low, high = bootstrap(torch.tensor(values, dtype=torch.float32))
+    return f"{mean} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+def first_time(values: list[float | None], scale: float = 1) -> str:
+    """Steps or tokens until something happened, where it did not in every run."""
+    reached = [v / scale for v in values if v is not None]
+    if not reached:
+        return "never"
+    return interval(reached, 0) + (f" ({len(reached)} of {len(values)} runs)" if len(reached) < len(values) else "")
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines)) + "\n"
+
+
+def tables(rows: list[dict], question: str) -> str:
+    """A question's tables from the rows of results.csv."""
+    text = ""
+    for setting in dict.fromkeys(row["setting"] for row in rows if row["question"] == question):
+        runs: dict[str, list[dict]] = {}
+        for row in rows:
+            if (row["question"], row["setting"]) == (question, setting):
+                label = f"{row['method']} {row['variant']}".replace("weight_temperature", "P").strip()
+                runs.setdefault(label, []).append(row)
+        k = max(int(key.rpartition("@")[2]) for row in rows for key in row if key.startswith("after pass@"))
+        mean, reference = f"after mean@{k}", next(iter(runs))
+        base = {row["seed"]: row[mean] for row in runs[reference]}
+        lines, passes, entropies = [], [], []
+        ks = [f"pass@{2**i}" for i in range(k.bit_length())]
+        for label, some in runs.items():
+            gain = [row[mean] - base[row["seed"]] for row in some if row["seed"] in base]
+
+            def column(key, some=some):
+                return [row[key] for row in some]
+
+            versus = interval(gain, sign="+") if gain and label != reference else ""
+            speed = [first_time(column("steps to 0.8")), first_time(column("tokens to 0.8"), 1000)]
+            shape = [interval(column("after length"), 1), interval(column("entropy last"))]
+            lines.append([label, str(len(some)), interval(column(mean)), versus, *speed, *shape])
+            passes.append([label, *(f"{statistics.fmean(column('after ' + key)):.3f}" for key in ks)])
+            keys = ("entropy first", "entropy lowest", "entropy last", "rebound")
+            entropies.append([label, *(interval(column(key), 2 if key == "rebound" else 3) for key in keys)])
+        compared = f"against {reference}, by seed"
+        header = ["run", "n", f"mean@{k}", compared, "steps to 0.8", "1,000 tokens to 0.8", "length", "last entropy"]
+        text += f"### {question}, {setting}\n\n" + markdown(header, lines)
+        if question == "methods":
+            before = (f"{statistics.fmean(row['before ' + key] for row in runs[reference]):.3f}" for key in ks)
+            text += markdown(["run", *ks], [["before", *before], *passes])
+            text += markdown(["run", "first entropy", "lowest", "last", "rebound"], entropies)
+    return text
