@@ -108,7 +108,7 @@ def new_tokenizer():
 
 
 def new_model(tokenizer, seed: int):
-    """An untrained Qwen3-layout model of about 190k parameters."""
+    """An untrained Qwen3-layout model of about 150k parameters."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     with torch.random.fork_rng(devices=[]):

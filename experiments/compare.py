@@ -54,7 +54,7 @@ SETTINGS = {
     "trap": dict(recipe=dict(guess=0.5), terms=None, max_new_tokens=64),
     "long": dict(recipe={}, terms=(6, 8), max_new_tokens=96),
 }
-SEEDS = dict(methods=5, gtpo=3, grpo_s=3, updates=3, egsw=2, egsw_forms=2)
+SEEDS = dict(methods=5, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3)
 QUESTIONS = (*SEEDS, "cost")
 CURVE_POINTS = 30
 
@@ -77,16 +77,18 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
     if question == "gtpo":
         readings = [dict(normalize="own"), *product(compare=["row", "matrix"]), dict(compare="row", mean="geometric")]
         weights = [*product(alpha2=[0.0, 0.05, 0.2, 0.5]), dict(alpha1=0.9, alpha2=0.1)]
-        return lines(("easy",), "gtpo", {}, *readings, dict(scope="group"), *weights)
+        return lines(("easy", "trap"), "gtpo", {}, *readings, dict(scope="group"), *weights)
     if question == "egsw":
-        return lines(("easy",), "egsw", *product(weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.5, 1.0]))
+        # On `trap`, and with P = 1 on `easy` too, most end in short guesses: many steps, and so the dearest cells.
+        easy = product(weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.1, 0.5, 1.0])
+        trap = product(weight_temperature=[2.0, 4.0, 8.0], alpha=[0.0, 0.5])
+        return lines(("easy",), "egsw", *easy) + lines(("trap",), "egsw", *trap)
     if question == "egsw_forms":
         kinds = [dict(advantage="grpo"), dict(advantage="dr_grpo", reduction="constant"), dict(advantage="rloo")]
-        forms = [dict(**kind, step_wise=step_wise) for kind in kinds for step_wise in (True, False)]
-        sum_one = product(step_wise=[True, False], mean_one=[False])
-        return lines(("easy",), "egsw", *forms, *sum_one)
+        forms = product(step_wise=[True, False], mean_one=[True, False])
+        return lines(("easy",), "egsw", *({**kind, **form} for kind in kinds for form in forms))
     if question == "grpo_s":
-        return lines(("easy",), "grpo_s", *product(minibatches=[1, 4], ratio=["geometric", "arithmetic"]))
+        return lines(("easy",), "grpo_s", *product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]))
     return [("easy", method, o) for o in product(minibatches=[1, 4]) for method in METHODS]  # updates
 
 

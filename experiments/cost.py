@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run
 from options import fail
 
-ROUNDS, STEPS = 5, 8
+ROUNDS, STEPS = 5, 12
 ONE_UPDATE = ["--minibatches", "1", "--max-rounds", "1"]  # DAPO's step without what makes it larger than the others'
 
 
