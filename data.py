@@ -4,6 +4,7 @@ Rows are {"question", "answer"}; `answer` is what verifier.gold_answer reads: GS
 with \\boxed{}, or the bare answer. `datasets` and transformers load everything, and are imported where they are used.
 """
 
+import math
 import random
 from pathlib import Path
 
@@ -218,8 +219,14 @@ def load_rows(cfg) -> tuple[list[dict], list[dict]]:
     return kept, held
 
 
-def encode(cfg, tokenizer, rows: list[dict], limit: float) -> list[dict]:
-    """Adds "prompt_ids" to rows; drops those too long for --max-prompt-tokens or the model's `limit` of positions."""
+def longest_completion(cfg) -> int:
+    """--max-new-tokens, or what is enough for the data set."""
+    return cfg.max_new_tokens or (64 if cfg.dataset == "arithmetic" else 512)
+
+
+def encode(cfg, model, tokenizer, rows: list[dict]) -> list[dict]:
+    """Adds "prompt_ids" to rows; drops those too long for --max-prompt-tokens or for the model's positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     longest = min(cfg.max_prompt_tokens, limit - cfg.max_new_tokens)
     if longest < 1:
         fail(f"--max-new-tokens {cfg.max_new_tokens}: no room for a prompt in the model's {limit} positions")
@@ -236,3 +243,19 @@ def encode(cfg, tokenizer, rows: list[dict], limit: float) -> list[dict]:
         fail(f"every prompt is longer than {longest:.0f} tokens (the shortest has {shortest}): "
              "give a larger --max-prompt-tokens or a smaller --max-new-tokens")  # fmt: skip
     return kept
+
+
+def order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n training rows, the epoch-th time through them."""
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+
+
+def texts(tokenizer, rollout: common.Rollout, rows: list[dict]) -> list[dict]:
+    """What people read of each completion: question, answer, completion. rows: one a prompt, in the rollout's order."""
+    kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
+    completions = tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)
+    asked = (row for row in rows for _ in range(len(rollout) // len(rows)))
+    return [
+        {"question": row["question"], "answer": row["answer"], "completion": text}
+        for text, row in zip(completions, asked, strict=True)
+    ]

@@ -175,9 +175,12 @@ def whole_weights(model) -> dict[str, Tensor] | None:
 
 
 def whole_state(optimizer) -> dict:
-    """The optimizer's state dict, the same for any number of processes, sharded or not; on every process."""
-    state = optimizer.state_dict()
-    parts = {i: {k: whole(v).cpu() for k, v in values.items()} for i, values in state["state"].items()}
+    """The optimizer's state dict, the same for any number of processes, sharded or not; without tensors but in
+    process 0, which writes it."""
+    state, parts = optimizer.state_dict(), {}
+    for i, values in state["state"].items():
+        together = {k: whole(v) for k, v in values.items()}  # one parameter's at a time
+        parts[i] = {k: v.cpu() for k, v in together.items()} if rank() == 0 else {}
     return {**state, "state": parts}
 
 

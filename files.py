@@ -18,6 +18,17 @@ def write_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The records of a JSON Lines file, but for half a line at its end, which a killed process has left."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
 def write_folder(path: Path, write) -> None:
     """Calls write(temporary folder) and renames the result to `path`, replacing what was there: whoever reads `path`
     finds the old folder, the new one, or none, but never half of one."""
@@ -35,14 +46,8 @@ def cut_back(folder: Path, step: int) -> None:
     for leftover in folder.glob(".*-*"):
         shutil.rmtree(leftover)
     for file in folder.glob("*.jsonl"):
-        kept = []
-        for line in file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                break  # half a line, the last thing that was written
-        file.write_text("".join(kept))
+        kept = [record for record in read_lines(file) if record["step"] <= step]
+        file.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -92,7 +97,7 @@ def plot(folder: Path) -> None:
 
     if not (folder / "metrics.jsonl").exists():
         return
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(folder / "metrics.jsonl")
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3), layout="constrained")
     for axis, key in zip(axes, ("reward", "entropy", "completions/mean_length"), strict=True):
         axis.plot([row["step"] for row in rows], [row[key] for row in rows])

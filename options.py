@@ -91,16 +91,7 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None):
     for f in sorted(fields, key=lambda f: f.name in shared):  # the method's own first
         if f.name in SECTIONS:
             section = parser.add_argument_group(SECTIONS[f.name])
-        shown = "" if f.default is None else f" [{f.default!r}]".replace("%", "%%")
-        keywords = dict(default=f.default, help=f.metadata["help"] + shown)
-        if typing.get_origin(hints[f.name]) is Literal:
-            keywords["choices"] = typing.get_args(hints[f.name])
-        elif hints[f.name] is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-        else:
-            kind = next(iter(typing.get_args(hints[f.name])), hints[f.name])
-            keywords |= dict(type=bounded(kind, **f.metadata["bounds"]), metavar=kind.__name__.upper())
-        section.add_argument("--" + f.name.replace("_", "-"), **keywords)
+        section.add_argument("--" + f.name.replace("_", "-"), **keywords(f, hints[f.name]))
     args = parser.parse_args(argv)
     if args.resume:  # the run's own options, then once more what the command line says
         try:
@@ -112,6 +103,18 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None):
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
     return config_class(**vars(args))
+
+
+def keywords(field: dataclasses.Field, hint: type) -> dict:
+    """What argparse's add_argument is to know of a field with this type hint."""
+    shown = "" if field.default is None else f" [{field.default!r}]".replace("%", "%%")
+    known = dict(default=field.default, help=field.metadata["help"] + shown)
+    if typing.get_origin(hint) is Literal:
+        return known | dict(choices=typing.get_args(hint))
+    if hint is bool:
+        return known | dict(action=argparse.BooleanOptionalAction)
+    kind = next(iter(typing.get_args(hint)), hint)
+    return known | dict(type=bounded(kind, **field.metadata["bounds"]), metavar=kind.__name__.upper())
 
 
 def bounded(kind: type, above: float | None, at_least: float | None):

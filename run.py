@@ -30,7 +30,6 @@ import importlib.util
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -86,11 +85,10 @@ class Run:
         # The defaults that depend on what is trained, and where; config.json holds what came of them.
         small = sum(p.numel() for p in self.model.parameters()) < 10_000_000
         cfg.lr = cfg.lr or (2e-4 if small else 1e-6)
-        cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.dataset == "arithmetic" else 512)
+        cfg.max_new_tokens = data.longest_completion(cfg)
         cfg.token_budget = cfg.token_budget or (16384 if self.device.type == "cuda" else 2048)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
         rows = data.load_rows(cfg)
-        self.train_rows, self.eval_rows = (data.encode(cfg, self.tokenizer, side, limit) for side in rows)
+        self.train_rows, self.eval_rows = (data.encode(cfg, self.model, self.tokenizer, side) for side in rows)
         data.check_memory(cfg, self.model, max(len(row["prompt_ids"]) for row in self.train_rows))
 
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
@@ -130,9 +128,8 @@ class Run:
     def on_signal(self, number: int, _) -> None:
         if self.asked and time.monotonic() - self.asked_at > 1:  # the second time: at once
             raise KeyboardInterrupt
-        if not self.asked and self.writes:
-            print("\nstopping after this step; once more stops at once", file=sys.stderr)
         if not self.asked:  # torchrun sends on what the terminal has sent already
+            self.say("\nstopping after this step; once more stops at once")
             self.asked, self.asked_at = 128 + number, time.monotonic()
 
     def __exit__(self, kind, error, _):
@@ -160,6 +157,7 @@ class Run:
             self.evaluate()
         if cfg.eval_only:
             return self.report()
+        self.stop = max(distributed.gather(self.asked))  # some of the processes may have had no signal
         from tqdm import tqdm
 
         shown = dict(desc=self.folder.name, unit="step", disable=not self.writes)
@@ -167,7 +165,7 @@ class Run:
             while not self.stop and self.step < cfg.steps and self.tokens < (cfg.stop_tokens or math.inf):
                 self.step += 1
                 yield self.step
-                self.stop = max(distributed.gather(self.asked))  # some of the processes may have had no signal
+                self.stop = max(distributed.gather(self.asked))
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
                     self.evaluate()
                 if self.bad_updates >= BAD_UPDATES:
@@ -204,12 +202,7 @@ class Run:
                     fixed=cfg.cuda_graphs,
                 ))  # fmt: skip
         rollout = common.gather(common.concatenate(parts) if parts else None, self.device)
-        kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
-        texts = self.tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)
-        rollout.texts = [
-            {"question": row["question"], "answer": row["answer"], "completion": text}
-            for text, row in zip(texts, (row for row in rows for _ in range(group_size)), strict=True)
-        ]
+        rollout.texts = data.texts(self.tokenizer, rollout, rows)
         return rollout
 
     def sample(self) -> Rollout:
@@ -219,7 +212,7 @@ class Run:
         for i in range(self.position, self.position + self.cfg.n_prompts):
             if self.epoch != i // n:  # a new order each time through the data
                 self.epoch = i // n
-                self.order = random.Random(f"{self.cfg.seed}-{self.epoch}").sample(range(n), n)
+                self.order = data.order(n, self.cfg.seed, self.epoch)
             rows.append(self.train_rows[self.order[i % n]])
         self.position += self.cfg.n_prompts
         shape = (len(rows) * self.cfg.group_size, self.cfg.max_new_tokens)

@@ -160,8 +160,8 @@ def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, mi
 
 def digest(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder but the manifest."""
-    files = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    found = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
 def base(path: Path, recipe: dict | None = None) -> Path:

@@ -216,10 +216,6 @@ def settle(cell: tuple, work: Path) -> dict:
 # --- what a run says --------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def running_mean(values: list[float], width: int) -> list[float]:
     """Means of each `width` values in a row, from the first `width` on."""
     return [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
@@ -232,7 +228,7 @@ def summarise(folder: Path) -> dict:
     completion tokens sampled until then. Entropies, in nats, are means over a tenth of the steps: the first tenth, the
     lowest, and the last. rebound: the last over the lowest of those before it; above 1 the entropy has risen again.
     """
-    metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
+    metrics, timing = files.read_lines(folder / "metrics.jsonl"), files.read_lines(folder / "timing.jsonl")
     tokens = list(itertools.accumulate(line["tokens"] for line in timing))
     reached = next((i + 5 for i, r in enumerate(running_mean([m["reward"] for m in metrics], 5)) if r >= 0.8), None)
     width = max(1, len(metrics) // 10)
@@ -256,8 +252,8 @@ def summarise(folder: Path) -> dict:
 
 def curve(folder: Path) -> list[dict]:
     """Reward, entropy (nats) and length (tokens) of a run's steps at CURVE_POINTS equal numbers of sampled tokens."""
-    metrics = read_lines(folder / "metrics.jsonl")
-    tokens = list(itertools.accumulate(line["tokens"] for line in read_lines(folder / "timing.jsonl")))
+    metrics = files.read_lines(folder / "metrics.jsonl")
+    tokens = list(itertools.accumulate(line["tokens"] for line in files.read_lines(folder / "timing.jsonl")))
     points, i = [], 0
     for point in range(1, CURVE_POINTS + 1):
         at = TOKENS * point // CURVE_POINTS

@@ -18,12 +18,9 @@ import argparse
 import dataclasses
 import io
 import json
-import math
 import os
-import random
 import sys
 import textwrap
-import typing
 import warnings
 from pathlib import Path
 
@@ -43,7 +40,8 @@ import gtpo
 import tiny
 import verifier
 from common import Rollout
-from options import RunConfig, bounded, fail
+from integrations.token_advantages import advantages
+from options import RunConfig, bounded, fail, keywords
 
 # The options of a run that decide what is sampled.
 SAMPLING = [
@@ -73,11 +71,9 @@ def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
     parser.add_argument("--lines", default=2, help="lines of each in the PNG, at most [%(default)s]", **number)
     for f in dataclasses.fields(RunConfig):
         if f.name in SAMPLING:
-            kind = next(iter(typing.get_args(f.type)), f.type)
-            about = f.metadata["help"].replace("<out>", "runs") + ("" if f.default is None else f" [{f.default!r}]")
-            how = dict(type=bounded(kind, **f.metadata["bounds"]), metavar=kind.__name__.upper())
-            how = dict(action="store_true") if kind is bool else how
-            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=about, **how)
+            known = keywords(f, f.type)
+            known["help"] = known["help"].replace("<out>", "runs")
+            parser.add_argument("--" + f.name.replace("_", "-"), **known)
     args = parser.parse_args(argv)
     return RunConfig(**{name: getattr(args, name) for name in SAMPLING}, eval_rows=0), args
 
@@ -88,20 +84,16 @@ def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
 def sample(cfg: RunConfig) -> tuple[Rollout, object]:
     """What the first step of a run with these options samples and verifies, and the tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg.max_new_tokens = cfg.max_new_tokens or (64 if cfg.dataset == "arithmetic" else 512)
+    cfg.max_new_tokens = data.longest_completion(cfg)
     source = cfg.model or str(tiny.base(Path("runs/tiny-base")))
     model, tokenizer = data.load_model(source, device, cfg.trust_remote_code)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    rows = data.encode(cfg, tokenizer, data.load_rows(cfg)[0], limit)
-    order = random.Random(f"{cfg.seed}-0").sample(range(len(rows)), len(rows))
-    rows = [rows[i] for i in order[: cfg.n_prompts]]
+    rows = data.encode(cfg, model, tokenizer, data.load_rows(cfg)[0])
+    rows = [rows[i] for i in data.order(len(rows), cfg.seed, 0)[: cfg.n_prompts]]
     G, T = cfg.group_size, cfg.max_new_tokens
     uniforms = torch.rand(len(rows) * G, T, generator=torch.Generator().manual_seed(cfg.seed))
     prompts, eos_ids = [row["prompt_ids"] for row in rows], data.stop_ids(model, tokenizer)
     rollout = common.sample(model, prompts, G, T, eos_ids, uniforms, cfg.temperature)
-    kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
-    texts = tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)
-    rollout.texts = [{**rows[i // G], "completion": text} for i, text in enumerate(texts)]
+    rollout.texts = data.texts(tokenizer, rollout, rows)
     rewards = [verifier.math_reward(text["completion"], text["answer"]) for text in rollout.texts]
     rollout.rewards = torch.tensor(rewards, device=device)
     return rollout, tokenizer
@@ -110,21 +102,15 @@ def sample(cfg: RunConfig) -> tuple[Rollout, object]:
 def token_credit(rollout: Rollout, max_new_tokens: int) -> dict[str, Tensor]:
     """Each method's credit of every token, at its script's defaults: {name: [B, T]}, 0 where the mask is 0."""
     rewards, entropy, mask, group = rollout.rewards, rollout.entropy, rollout.mask, rollout.group
-    d, e, t, s = dapo.Config(), egsw.Config(), gtpo.Config(), grpo_s.Config()
-    cache = d.overlong_cache * max_new_tokens
+    cache = dapo.Config().overlong_cache * max_new_tokens
     punishment = dapo.overlong_punishment(rollout.lengths(), max_new_tokens, cache)  # [B]
-    base = egsw.advantages(rewards, group, e.advantage)  # [B]
-    weights = egsw.weights(base, entropy, mask, group, e.alpha, e.weight_temperature, e.step_wise, e.mean_one)  # [B, T]
-    plus, minus = gtpo.shaped_rewards(
-        rewards, entropy, mask, group, t.alpha1, t.alpha2, t.compare, t.mean, t.scope, t.entropy_min, t.entropy_max
-    )  # two [B, T]
-    shaped = grpo_s.shaped_rewards(rewards, entropy, mask, group, s.beta1, s.beta2, s.mean, s.entropy_min)  # [B]
+    ours = {
+        name: advantages(SCRIPTS[name].Config(), rewards, entropy, mask, group) for name in ("EGSW", "GTPO", "GRPO-S")
+    }
     return {
         "GRPO": grpo.advantages(rewards, group, grpo.Config().advantage)[:, None] * mask,
         "DAPO": dapo.advantages(rewards, group, punishment)[:, None] * mask,
-        "EGSW": weights * base[:, None],
-        "GTPO": gtpo.advantages(plus, minus, rewards, mask, group, t.scope, t.normalize),
-        "GRPO-S": grpo_s.advantages(shaped, rewards, group)[:, None] * mask,
+        **ours,
     }
 
 

@@ -23,36 +23,18 @@ from verl.trainer.ppo.v1 import get_trainer_cls, register_trainer
 import egsw
 import grpo_s
 import gtpo
+from integrations import token_advantages
 
 ENTROPY: ContextVar[Tensor | None] = ContextVar("entropy", default=None)  # [B, T] of the batch in hand
 NO_ENTROPY = """{}: no entropies. Set trainer.v1.trainer_mode=entropy_sync (or entropy_colocate_async, or
 entropy_separate_async), and not algorithm.rollout_correction.bypass_mode, which skips the pass that computes them."""
 
 
-# This and the next two: rewards [B], entropy, mask [B, T], group [B] and the keys of algorithm.<method> -> [B, T].
-def egsw_advantages(rewards, entropy, mask, group, advantage="grpo", weight_temperature=2.0, **options) -> Tensor:
-    A = egsw.advantages(rewards, group, advantage)  # [B]
-    # the weights are positive constants, so to weigh the advantage is to weigh the whole clipped loss
-    return A[:, None] * egsw.weights(A, entropy, mask, group, temperature=weight_temperature, **options)
-
-
-def gtpo_advantages(rewards, entropy, mask, group, scope="batch", normalize="all", overlong_gamma=None, **options):
-    if overlong_gamma is not None:
-        options["punishment"] = gtpo.overlong_punishment(rewards, mask.sum(1), group, overlong_gamma)
-    shaped = gtpo.shaped_rewards(rewards, entropy, mask, group, scope=scope, **options)
-    return gtpo.advantages(*shaped, rewards, mask, group, scope, normalize)
-
-
-def grpo_s_advantages(rewards, entropy, mask, group, **options) -> Tensor:
-    shaped = grpo_s.shaped_rewards(rewards, entropy, mask, group, **options)
-    return grpo_s.advantages(shaped, rewards, group)[:, None] * mask
-
-
-def estimator(name: str, advantages: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+def estimator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """verl's form of an estimator: advantages and returns, here the same, two [B, T], 0 where response_mask is 0.
 
     token_level_rewards, response_mask: [B, T]; index: [B], any strings, one a prompt, in any order. A completion is
-    right if its rewards sum to more than 0.5. ValueError if the entropies are missing, TypeError for an unknown key.
+    right if its rewards sum to more than 0.5. ValueError if the entropies are missing, or for an unknown key.
     """
 
     def estimate(token_level_rewards, response_mask, index, config, **_):
@@ -62,7 +44,8 @@ def estimator(name: str, advantages: Callable[..., Tensor]) -> Callable[..., tup
         group = torch.from_numpy(np.unique(index.astype(str), return_inverse=True)[1]).to(rows.device)
         inputs = token_level_rewards.sum(1), entropy, response_mask.float(), group
         result = torch.zeros_like(entropy)
-        result[rows] = advantages(*(x[rows] for x in inputs), **(config.get(name) or {}))
+        cfg = token_advantages.config(name, config.get(name) or {})
+        result[rows] = token_advantages.advantages(cfg, *(x[rows] for x in inputs))
         return result, result
 
     return estimate
@@ -109,9 +92,8 @@ def entropy_trainer(mode: str) -> type:
     return EntropyTrainer
 
 
-register_adv_est("egsw")(estimator("egsw", egsw_advantages))
-register_adv_est("gtpo")(estimator("gtpo", gtpo_advantages))
-register_adv_est("grpo_s")(estimator("grpo_s", grpo_s_advantages))
+for name in token_advantages.SCRIPTS:
+    register_adv_est(name)(estimator(name))
 register_policy_loss("egsw")(policy_loss(egsw.loss))
 register_policy_loss("gtpo")(policy_loss(gtpo.loss))
 register_policy_loss("grpo_s")(policy_loss(sequence_loss))

@@ -3,11 +3,11 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare
 import tables

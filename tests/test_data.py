@@ -152,15 +152,15 @@ def test_answers_that_cannot_be_verified_are_dropped_and_counted(tmp_path, capsy
 
 
 def test_overlong_prompts_are_dropped_and_counted(capsys):
-    tokenizer = tiny.new_tokenizer()
+    tokenizer, model = tiny.new_tokenizer(), tiny.new_model(tiny.new_tokenizer(), 0)
     rows = [{"question": "1+2?", "answer": "3"}, {"question": "1+2+3+4+5+6?", "answer": "21"}]
-    assert len(data.encode(config(max_prompt_tokens=6), tokenizer, rows, 256)) == 1
+    assert len(data.encode(config(max_prompt_tokens=6), model, tokenizer, rows)) == 1
     assert "1 of 2 rows dropped" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        data.encode(config(max_prompt_tokens=2), tokenizer, rows, 256)
+        data.encode(config(max_prompt_tokens=2), model, tokenizer, rows)
     assert "--max-prompt-tokens" in stopped(capsys)
     with pytest.raises(SystemExit):
-        data.encode(config(), tokenizer, rows, 8)
+        data.encode(config(max_new_tokens=model.config.max_position_embeddings), model, tokenizer, rows)
     assert "--max-new-tokens" in stopped(capsys)
 
 

@@ -142,21 +142,24 @@ def test_a_batch_without_a_usable_group_changes_nothing(small, tmp_path, monkeyp
     assert [row["dynamic_sampling/groups"] for row in rows] == [0, 0] and rows[0]["grad_norm"] == 0
 
 
+@pytest.mark.parametrize("phase, step", [("evaluate", 0), ("log", 2)])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(number, status, small, tmp_path, monkeypatch):
-    log = run_module.Run.log
+def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(
+    number, status, phase, step, small, tmp_path, monkeypatch
+):
+    method = getattr(run_module.Run, phase)
 
-    def log_and_signal(self, *args):
-        log(self, *args)
-        if self.step == 2:
+    def with_signal(self, *args):
+        method(self, *args)
+        if self.step == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(run_module.Run, "log", log_and_signal)
+    monkeypatch.setattr(run_module.Run, phase, with_signal)
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, "grpo", *small("--name", "half", "--steps", 4))
-    assert stop.value.code == status and (tmp_path / "half" / "checkpoint-2").exists()
+    assert stop.value.code == status and (tmp_path / "half" / f"checkpoint-{step}").exists()
     assert signal.getsignal(number) != run_module.Run.on_signal
-    monkeypatch.setattr(run_module.Run, "log", log)
+    monkeypatch.setattr(run_module.Run, phase, method)
     call(monkeypatch, "grpo", "--resume", str(tmp_path / "half"))
     call(monkeypatch, "grpo", *small("--name", "whole", "--steps", 4))
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("half", "whole")]

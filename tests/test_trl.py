@@ -13,6 +13,7 @@ pytest.importorskip("trl", minversion="1.16")
 
 import torch
 from accelerate.utils import gather_object
+from conftest import ROOT
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -25,10 +26,10 @@ import grpo
 import grpo_s
 import gtpo
 import tiny
-from integrations.trl_trainer import SCRIPTS, SETTINGS, EntropyGRPOTrainer, advantages
+from integrations.token_advantages import SCRIPTS, advantages
+from integrations.trl_trainer import SETTINGS, EntropyGRPOTrainer
 from verifier import math_reward
 
-ROOT = Path(__file__).parent.parent
 REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's loss_type: ours
 
 # Every option of each method, none at its default: a mix-up of two would show.
@@ -250,9 +251,7 @@ def test_masked_and_unscored_rows_leave_no_trace(method, toy, tmp_path):
     assert masked.any() and unscored.any() and (unscored & ~masked).any()
     assert A.isfinite().all() and (A[~kept] == 0).all() and (A[kept] != 0).any()
     fields = (getattr(batch, k)[kept] for k in ("rewards", "entropy", "mask", "group"))
-    torch.testing.assert_close(
-        A[kept], advantages(SCRIPTS[method].Config(), *fields)[:, : A.shape[1]].expand_as(A[kept])
-    )
+    torch.testing.assert_close(A[kept], advantages(SCRIPTS[method].Config(), *fields)[:, : A.shape[1]])
 
 
 @pytest.mark.parametrize(

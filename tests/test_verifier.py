@@ -10,17 +10,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+import verifier
+from verifier import extract_answer, gold_answer, grade, math_reward, verifiable
+
 DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT))
-
-import verifier  # noqa: E402
-from verifier import extract_answer, gold_answer, grade, math_reward, verifiable  # noqa: E402
-
 CASES = [json.loads(line) for line in (ROOT / "tests" / "verifier_cases.jsonl").read_text().splitlines()]
 HANG_SECONDS = 4.0
 needs_math_verify = pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="math-verify is missing")

@@ -168,7 +168,7 @@ def test_every_configuration_key_reaches_the_function(method, keys):
 def test_an_unknown_key_is_an_error():
     r, uids, m, H, _ = shuffled()
     for method in METHODS:
-        with pytest.raises(TypeError, match="aplha"):
+        with pytest.raises(ValueError, match="wrong: aplha"):
             in_verl(method, r, uids, m, H, f"+algorithm.{method}.aplha=1")
 
 
