@@ -54,7 +54,7 @@ SETTINGS = {
     "trap": dict(recipe=dict(guess=0.5), terms=None, max_new_tokens=64),
     "long": dict(recipe={}, terms=(6, 8), max_new_tokens=96),
 }
-SEEDS = dict(methods=5, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3)
+SEEDS = dict(methods=5, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3, lr=3)
 QUESTIONS = (*SEEDS, "cost")
 CURVE_POINTS = 30
 
@@ -89,7 +89,14 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         return lines(("easy",), "egsw", *({**kind, **form} for kind in kinds for form in forms))
     if question == "grpo_s":
         return lines(("easy",), "grpo_s", *product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]))
-    return [("easy", method, o) for o in product(minibatches=[1, 4]) for method in METHODS]  # updates
+    # The methods' defaults differ in more than the method. These take away one difference at a time.
+    if question == "updates":
+        return [line for o in product(minibatches=[1, 4]) for method in METHODS for line in lines(SETTINGS, method, o)]
+    if question == "reduction":
+        options = product(reduction=["sequence", "token", "constant"])
+        return [line for method in ("grpo", "egsw", "gtpo", "grpo_s") for line in lines(SETTINGS, method, *options)]
+    rates = [{}, *product(lr=[1e-4, 4e-4])]  # lr; without it a tiny model has 2e-4
+    return [line for method in METHODS for line in lines(("easy", "long"), method, *rates)]
 
 
 @functools.cache
