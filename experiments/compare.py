@@ -86,7 +86,7 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
     if question == "egsw_forms":
         kinds = [dict(advantage="grpo"), dict(advantage="dr_grpo", reduction="constant"), dict(advantage="rloo")]
         forms = product(step_wise=[True, False], mean_one=[True, False])
-        return lines(("easy",), "egsw", *({**kind, **form} for kind in kinds for form in forms))
+        return lines(SETTINGS, "egsw", *({**kind, **form} for kind in kinds for form in forms))
     if question == "grpo_s":
         return lines(("easy",), "grpo_s", *product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]))
     # The methods' defaults differ in more than the method. These take away one difference at a time.
