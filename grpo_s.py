@@ -17,7 +17,8 @@ Deviations from the paper, and readings where it is open:
  1. The ratio is geometric, exp(mean_t(log pi - log pi_old)), as in Algorithm 1; --ratio arithmetic is Eq. 8.
  2. Groups that are all right or all wrong have advantage 0: their shaped rewards differ by entropy alone, and dividing
     such small differences by their own std would turn noise into a full-strength gradient.
- 3. H_i has a floor (--entropy-min) before it is divided by. --mean geometric is the robust form of section 2.4.1.
+ 3. H_i has a floor (--entropy-min), for it is divided by. --mean geometric is the robust form of section 2.4.1; there
+    each token's entropy has the floor, for its logarithm is taken.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Config(RunConfig):
     beta1: float = option(1.0, "weight of the verifier's reward", at_least=0)
     beta2: float = option(0.1, "weight of the entropy's share", at_least=0)
     mean: Literal["arithmetic", "geometric"] = option("arithmetic", "mean of a completion's token entropies")
-    entropy_min: float = option(1e-3, "floor of the entropy, nats", above=0)
+    entropy_min: float = option(1e-3, "floor of that mean, nats; if geometric, of each token's entropy", above=0)
     ratio: Literal["geometric", "arithmetic"] = option("geometric", "mean of a completion's token ratios")
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + clip_high", above=0)
@@ -56,8 +57,10 @@ def shaped_rewards(
 ) -> Tensor:
     """Eq. 6: the shaped reward of every completion. rewards, group: [B]; entropy (nats), mask: [B, T] -> [B]."""
     right, result = rewards > 0.5, torch.zeros_like(rewards)
-    H, n = entropy.clamp(min=entropy_min), mask.sum(1)
-    H = ((H.log() * mask).sum(1) / n).exp() if mean == "geometric" else (H * mask).sum(1) / n  # [B]
+    if mean == "geometric":
+        H = ((entropy.clamp(min=entropy_min).log() * mask).sum(1) / mask.sum(1)).exp()  # [B]
+    else:
+        H = ((entropy * mask).sum(1) / mask.sum(1)).clamp(min=entropy_min)
     for g in group.unique():
         ok, bad = (group == g) & right, (group == g) & ~right
         result[ok] = beta1 * rewards[ok] + beta2 * H[ok] / H[ok].mean()

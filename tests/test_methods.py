@@ -389,6 +389,17 @@ def test_grpo_s_shaped_rewards_are_eq_6(mean):
         assert float(A[i]) == pytest.approx((float(got[i]) - centre) / std, rel=1e-4)
 
 
+def test_grpo_s_floors_the_mean_entropy_and_not_each_tokens():
+    rewards, group, mask = torch.tensor([1.0, 1.0, 0.0]), torch.zeros(3, dtype=torch.long), torch.ones(3, 10)
+    entropy = torch.zeros(3, 10)
+    entropy[0, 0], entropy[1, 0] = 0.02, 0.06  # means of 0.002 and 0.006; the wrong row's, 0, goes to the floor
+    got = grpo_s.shaped_rewards(rewards, entropy, mask, group, 1.0, 0.1)
+    torch.testing.assert_close(got, torch.tensor([1.05, 1.15, -1.1]))
+    got = grpo_s.shaped_rewards(rewards, entropy, mask, group, 1.0, 0.1, "geometric", 0.01)
+    H = torch.tensor([0.02, 0.06]) ** 0.1 * 0.01**0.9
+    torch.testing.assert_close(got[:2], 1 + 0.1 * H / H.mean())
+
+
 def test_grpo_s_sequence_ratio():
     mask = torch.tensor([[1.0, 1, 0]])
     new, old = torch.tensor([[0.2, 0.4, 9.0]]), torch.zeros(1, 3)
