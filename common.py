@@ -374,9 +374,9 @@ def update(
     metrics: the weights are still good. With several processes each calls this with the whole rollout.
     """
     sums: dict[str, float] = {}  # over the updates that were made
-    norms = []
+    norms, made = [], torch.zeros_like(rollout.rewards, dtype=torch.bool)  # made: [B], the rows of these updates
     everything = torch.arange(len(rollout), device=rollout.mask.device)
-    shares = [rows for rows in everything.chunk(minibatches) if len(rows)]
+    shares = [rows for rows in everything.tensor_split(minibatches) if len(rows)]
     active = torch.ones_like(rollout.rewards) if active is None else active
     scored = (active if active.dim() == 2 else active[:, None]).ne(0).any(1)
     plans = [scoring_plan(rollout, share[scored[share]], token_budget) for share in shares]
@@ -409,11 +409,13 @@ def update(
             optimizer.step()
             scheduler.step()
             norms.append(norm)
+            made[share] = True
             for name, value in here.items():
                 sums[name] = sums.get(name, 0.0) + value
         optimizer.zero_grad(set_to_none=True)  # no need for this memory while sampling
 
-    per = {"loss": max(1, len(norms)), "sampling_logp_difference": max(1.0, float(rollout.mask[scored].sum()))}
-    metrics = {k: v / per.get(k, max(1.0, float(rollout.mask.sum()))) for k, v in sums.items()}
+    tokens, of_scored = (max(1.0, float(rollout.mask[rows].sum())) for rows in (made, made & scored))
+    per = {"loss": len(norms), "sampling_logp_difference": of_scored}
+    metrics = {k: v / per.get(k, tokens) for k, v in sums.items()}
     metrics["skipped_updates"] = len(plans) - len(norms)
     return {"loss": 0.0, **metrics, "grad_norm": sum(norms) / max(1, len(norms)), "lr": scheduler.get_last_lr()[0]}

@@ -65,7 +65,7 @@ def stop_ids(model, tokenizer) -> list[int]:
 def prompt_ids(tokenizer, question: str, system: str, template: str) -> list[int]:
     """The question as the model is asked it: a system and a user turn of its chat template, or else `template`."""
     if not tokenizer.chat_template:
-        return tokenizer(template.format(question=question))["input_ids"]
+        return tokenizer(template.replace("{question}", question))["input_ids"]
     turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     options = dict(add_generation_prompt=True, return_dict=False)
     try:
@@ -85,6 +85,7 @@ def estimate_memory(cfg, model, prompt_length: int) -> dict[str, int]:
     size = 2 if gpu else 4  # bytes of an activation
     weights = 4 * sum(p.numel() for p in model.parameters())
     share = distributed.world() if cfg.fsdp else 1
+    reference = getattr(cfg, "kl_coef", 0) > 0  # a second model, of weights alone
     rows = -(-max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k) // distributed.world())
     rows = min(cfg.rollout_rows, rows)
     cache = rows * (prompt_length + cfg.max_new_tokens) * 2 * layers * kv * size
@@ -94,7 +95,7 @@ def estimate_memory(cfg, model, prompt_length: int) -> dict[str, int]:
     kept = 2 if cfg.gradient_checkpointing else 34
     update = cfg.token_budget * layers * kept * D * size // 2 + 2 * 4 * chunk + 4 * V * D
     return {
-        "weights, gradients, AdamW": 4 * weights // share + (weights // 2 if gpu else 0),
+        "weights, gradients, AdamW": (5 if reference else 4) * weights // share + (weights // 2 if gpu else 0),
         "rollout": cache + 4 * rows * V * 4 + (weights if cfg.fsdp else 0),
         "update": update,
     }
@@ -158,7 +159,8 @@ def as_rows(flag: str, dataset, question: str | None, answer: str | None) -> lis
     for number, row in enumerate(dataset, 1):
         q, a = row[question], row[answer]
         if isinstance(q, list):  # a chat: what the user says last
-            q = next((turn["content"] for turn in reversed(q) if turn.get("role") == "user"), None)
+            turns = [turn for turn in q if isinstance(turn, dict) and turn.get("role") == "user"]
+            q = turns[-1].get("content") if turns else None
         if isinstance(a, dict):
             a = a.get("ground_truth")
         if q is None or a is None or not str(q).strip():
@@ -169,7 +171,10 @@ def as_rows(flag: str, dataset, question: str | None, answer: str | None) -> lis
 
 def usable(flag: str, rows: list[dict]) -> list[dict]:
     """Each question once, and only answers that equal themselves; says what was dropped."""
-    rows = list({row["question"]: row for row in rows}.values())
+    once = list({row["question"]: row for row in rows}.values())
+    if len(once) < len(rows):
+        print(f"{flag}: {len(rows) - len(once)} of {len(rows)} rows dropped, their questions come again further down")
+    rows = once
     verdicts = [verifier.verifiable(row["answer"]) for row in rows]
     good, bad = ([row for row, v in zip(rows, verdicts, strict=True) if v is side] for side in (True, False))
     if bad:
@@ -201,14 +206,17 @@ def load_rows(cfg) -> tuple[list[dict], list[dict]]:
     elif cfg.eval_dataset or not Path(cfg.dataset).is_file():
         other, flag = cfg.eval_dataset or cfg.dataset, f"--eval-dataset {cfg.eval_dataset or cfg.dataset}"
         held = open_dataset("--eval-dataset", other, None if cfg.eval_dataset else cfg.dataset_config, cfg.eval_split)
-        if held is None and cfg.eval_dataset:
+        if held is None and (cfg.eval_dataset or cfg.eval_split != "test"):
             fail(f"{flag}: no split {cfg.eval_split!r}; name one with --eval-split")
-        held = held and usable(flag, as_rows(flag, held, *columns))
+        if held:  # a data set of its own may have other columns
+            columns = [c if c in held.column_names or not cfg.eval_dataset else None for c in columns]
+            held = usable(flag, as_rows(flag, held, *columns))
         random.Random(0).shuffle(held or [])
     else:
         held = None
     if not held:
         held, train = train[: cfg.eval_rows], train[cfg.eval_rows :]
+        print(f"--dataset {cfg.dataset}: no split to evaluate on, so {len(held)} of its rows are held out")
     held = held[: cfg.eval_rows]
     asked = {" ".join(row["question"].split()) for row in held}
     kept = [row for row in train if " ".join(row["question"].split()) not in asked]
@@ -230,6 +238,8 @@ def encode(cfg, model, tokenizer, rows: list[dict]) -> list[dict]:
     longest = min(cfg.max_prompt_tokens, limit - cfg.max_new_tokens)
     if longest < 1:
         fail(f"--max-new-tokens {cfg.max_new_tokens}: no room for a prompt in the model's {limit} positions")
+    if not tokenizer.chat_template and "{question}" not in cfg.prompt_template:
+        fail(f"--prompt-template {cfg.prompt_template!r}: it must say where the question goes, by {{question}}")
     rows = [
         {**row, "prompt_ids": prompt_ids(tokenizer, row["question"], cfg.system, cfg.prompt_template)} for row in rows
     ]

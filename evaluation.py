@@ -25,12 +25,12 @@ def evaluate(greedy: Rollout, sampled: Rollout, k: int) -> dict[str, float | tup
     """Accuracy on one set of problems, from their verified completions: the most probable one, and k samples of each.
 
     greedy: share of problems whose most probable completion is right. mean@k: share of right ones among the samples.
-    pass@j for j = 1, 2, 4 ... k. Beside each of these NAME stands NAME_ci, its 95% bootstrap interval over problems.
-    truncated: share of samples cut off at the limit. length: their mean, in tokens.
+    pass@j for j = 1, 2, 4 ... and k. Beside each of these NAME stands NAME_ci, its 95% bootstrap interval over
+    problems. truncated: share of samples cut off at the limit. length: their mean, in tokens.
     """
     right = (sampled.rewards > 0.5).view(-1, k).sum(1).tolist()
     values = {"greedy": (greedy.rewards > 0.5).float().cpu(), f"mean@{k}": torch.tensor(right) / k}
-    for j in (2**i for i in range(k.bit_length())):
+    for j in sorted({k, *(2**i for i in range(k.bit_length()))}):
         values[f"pass@{j}"] = torch.tensor([pass_at_k(k, c, j) for c in right])
     result = {}
     for name, value in values.items():

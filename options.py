@@ -98,8 +98,10 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None):
             stored = json.loads((Path(args.resume) / "config.json").read_text())
         except (OSError, ValueError) as error:
             fail(f"--resume {args.resume}: no readable config.json in it ({error})")
-        if stored.pop("method") != (method := Path(sys.argv[0]).stem):
+        if stored.pop("method", None) != (method := Path(sys.argv[0]).stem):
             fail(f"--resume {args.resume}: it is not a run of {method}.py")
+        if unknown := stored.keys() - vars(args).keys():
+            fail(f"--resume {args.resume}: its config.json has options that {method}.py lacks: {', '.join(unknown)}")
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
     return config_class(**vars(args))

@@ -50,7 +50,7 @@ import verifier
 from common import Rollout
 from options import RunConfig, fail
 
-BAD_UPDATES = 3  # so many in a row that are not finite end the run
+BAD_STEPS = 3  # so many in a row with updates that are not finite end the run
 
 
 class Run:
@@ -68,6 +68,10 @@ class Run:
                 raise PermissionError("not writable")
         except OSError as error:
             fail(f"--out {out}: {error.strerror or error}")
+        if cfg.eval_only and not cfg.eval_rows:
+            fail("--eval-only with --eval-rows 0: there is nothing to evaluate on")
+        if cfg.name and Path(cfg.name).name != cfg.name:
+            fail(f"--name {cfg.name}: it is the name of one folder in --out {cfg.out}, and no path")
         if cfg.name and not cfg.resume and (out / cfg.name).exists():
             fail(f"--name {cfg.name}: {out / cfg.name} exists already; choose another, or --resume it")
         if cfg.track != "none" and not importlib.util.find_spec(cfg.track):
@@ -76,26 +80,25 @@ class Run:
 
         torch.manual_seed(cfg.seed)
         try:
+            rows = data.load_rows(cfg)
             with distributed.main_first():
                 self.source = cfg.model or str(tiny.base(out / "tiny-base"))
+            self.model, self.tokenizer = self.load(str(checkpoint or self.source))
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        self.model, self.tokenizer = self.load(str(checkpoint or self.source))
         self.eos_ids = data.stop_ids(self.model, self.tokenizer)
         # The defaults that depend on what is trained, and where; config.json holds what came of them.
         small = sum(p.numel() for p in self.model.parameters()) < 10_000_000
         cfg.lr = cfg.lr or (2e-4 if small else 1e-6)
         cfg.max_new_tokens = data.longest_completion(cfg)
         cfg.token_budget = cfg.token_budget or (16384 if self.device.type == "cuda" else 2048)
-        rows = data.load_rows(cfg)
         self.train_rows, self.eval_rows = (data.encode(cfg, self.model, self.tokenizer, side) for side in rows)
         data.check_memory(cfg, self.model, max(len(row["prompt_ids"]) for row in self.train_rows))
 
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
-        warmup = max(1, cfg.warmup_steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup))
+        self.schedule(0)
         self.uniforms = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
-        self.step = self.bad_updates = 0
+        self.step = self.bad_steps = 0
         self.position = self.tokens = 0  # training prompts drawn and completion tokens sampled so far
         self.epoch, self.order = -1, []  # the order of the training rows, this time through them
         self.seconds: dict[str, float] = {}
@@ -113,6 +116,14 @@ class Run:
         if self.writes:
             files.write_text(self.folder / "config.json", json.dumps(stored, indent=2) + "\n")
         self.track = files.tracker(cfg.track if self.writes else "none", self.folder, stored)
+
+    def schedule(self, updates: int) -> None:
+        """Warm-up to --lr, from where it is after so many optimizer steps."""
+        for group in self.optimizer.param_groups:  # a checkpoint's may have been another
+            group["lr"] = group["initial_lr"] = self.cfg.lr
+        warmup = max(1, self.cfg.warmup_steps)
+        rise = torch.optim.lr_scheduler.LambdaLR
+        self.scheduler = rise(self.optimizer, lambda n: min(1.0, (n + 1) / warmup), last_epoch=updates - 1)
 
     def load(self, source: str):
         device = torch.device("cpu") if self.cfg.fsdp else self.device  # the whole model need not fit on a GPU
@@ -168,10 +179,10 @@ class Run:
                 self.stop = max(distributed.gather(self.asked))
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
                     self.evaluate()
-                if self.bad_updates >= BAD_UPDATES:
+                if self.bad_steps >= BAD_STEPS:
                     self.stop = 1
-                    self.say(f"\nerror: {self.bad_updates} updates in a row were not finite, and were skipped; "
-                             "a smaller --lr may help")  # fmt: skip
+                    self.say(f"\nerror: {self.bad_steps} steps in a row had updates that were not finite, and were "
+                             "skipped; a smaller --lr may help")  # fmt: skip
                 if cfg.save_every and self.step % cfg.save_every == 0 and self.step < cfg.steps:
                     self.save()
         self.save()
@@ -245,7 +256,7 @@ class Run:
             self.model, self.optimizer, self.scheduler, rollout, objective, reduction, active, cfg.temperature,
             cfg.minibatches, cfg.token_budget, cfg.max_grad_norm,
         )  # fmt: skip
-        self.bad_updates = self.bad_updates + metrics["skipped_updates"] if metrics["skipped_updates"] else 0
+        self.bad_steps = self.bad_steps + 1 if metrics["skipped_updates"] else 0
         self.clock("update", start)
         return metrics
 
@@ -341,11 +352,11 @@ class Run:
         self.saved, target = self.step, self.folder / f"checkpoint-{self.step}"
         state = {
             "optimizer": distributed.whole_state(self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
+            "updates": self.scheduler.last_epoch,
             "uniforms": self.uniforms.get_state(),
             "position": self.position,
             "tokens": self.tokens,
-            "bad_updates": self.bad_updates,
+            "bad_steps": self.bad_steps,
             "step": self.step,
         }
         self.write_model(target, lambda folder: torch.save(state, folder / "state.pt"))
@@ -357,9 +368,9 @@ class Run:
         """Sets everything but the model, which is loaded already, and cuts the logs off after the checkpoint's step."""
         state = torch.load(checkpoint / "state.pt", weights_only=True)  # tensors and numbers; no pickled code
         distributed.load_state(self.optimizer, state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.schedule(state["updates"])
         self.uniforms.set_state(state["uniforms"])
-        for name in ("position", "tokens", "step", "bad_updates"):
+        for name in ("position", "tokens", "step", "bad_steps"):
             setattr(self, name, state[name])
         self.saved = self.step
         if self.writes:

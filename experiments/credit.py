@@ -1,7 +1,7 @@
 """A picture of credit: one group of completions, every token coloured by what each of the five methods gives it.
 
     python experiments/credit.py                      the tiny base: runs/credit.png and runs/credit.html
-    python experiments/credit.py --model runs/egsw-1/model --dataset rows.jsonl --out runs/after
+    python experiments/credit.py --model path/to/model --dataset rows.jsonl --out runs/after
     python experiments/credit.py && cp runs/credit.png assets/          made the README's picture
 
 Credit is what multiplies grad log pi of a token at the first update on a rollout, where every ratio is 1, before the

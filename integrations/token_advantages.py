@@ -3,7 +3,8 @@
 What the trainers of other libraries, and experiments/credit.py, ask of a method in one call.
 """
 
-from dataclasses import fields
+from argparse import ArgumentTypeError
+from dataclasses import Field, fields
 from typing import get_args
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 import egsw
 import grpo_s
 import gtpo
-from options import RunConfig
+from options import RunConfig, bounded
 
 SCRIPTS = {"egsw": egsw, "gtpo": gtpo, "grpo_s": grpo_s}
 # Options that a script hands to its loss: here they are the trainer's own, in its own words.
@@ -19,13 +20,23 @@ LOSS_OPTIONS = {"clip_low", "clip_high", "kl_coef", "reduction", "ratio", *(f.na
 
 
 def config(method: str, options: dict):
-    """The script's Config with these options. ValueError for one that it does not have, or a word that is no choice."""
+    """The script's Config with these options. ValueError for one that it does not have or that has no such value."""
     Config = SCRIPTS[method].Config
-    own = {f.name: f.type for f in fields(Config) if f.name not in LOSS_OPTIONS}
-    wrong = [k for k, v in options.items() if k not in own or (isinstance(v, str) and v not in get_args(own[k]))]
-    if wrong:
-        raise ValueError(f"{method} has the options {own}; wrong: {', '.join(wrong)}")
+    own = {f.name: f for f in fields(Config) if f.name not in LOSS_OPTIONS}
+    if wrong := [name for name, value in options.items() if name not in own or not allowed(own[name], value)]:
+        raise ValueError(f"{method} has the options {', '.join(own)}, as in its --help; wrong: {', '.join(wrong)}")
     return Config(**options)
+
+
+def allowed(field: Field, value) -> bool:
+    """Whether the script's command line would take this value."""
+    if isinstance(value, str) or value is None:
+        return value in get_args(field.type) or value is field.default
+    try:
+        bounded(float, **field.metadata["bounds"])(value)
+    except (ArgumentTypeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def advantages(cfg, rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import common
+import data
 import evaluation
 import grpo
 import tiny
@@ -76,11 +77,21 @@ def test_the_mask_ends_with_eos_and_truncation_is_flagged(loaded):
         assert bool(finished) or n == T
 
 
-def test_eos_stays_in_the_loss_when_it_is_also_the_pad_token(loaded):
+def test_eos_stays_in_the_loss_when_it_is_also_the_pad_token(loaded, tmp_path):
     model, tokenizer = loaded
     expected = rollout_of(model, tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
-    same(rollout_of(model, tokenizer), expected)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = data.load_model(str(tmp_path), torch.device("cpu"))
+    assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
+    r = rollout_of(model, tokenizer)
+    same(r, expected)
+    last = r.mask.sum(1, keepdim=True).long() - 1  # where the finished completions have their EOS
+    logprobs, _ = common.score(model, r, 1.0, 2048)
+    assert (logprobs.gather(1, last)[r.finished] < 0).all() and (r.mask.gather(1, last) == 1).all()
+    torch.testing.assert_close(logprobs * r.mask, r.logprobs * r.mask, atol=1e-5, rtol=1e-5)
 
 
 def test_several_eos_ids_all_end_a_completion(loaded):

@@ -29,7 +29,6 @@ THIRD_PARTY = (
     "tokenizers",
     "tqdm",
     "math_verify",
-    "sympy_",
     "matplotlib",
     "huggingface_hub",
 )
@@ -88,8 +87,7 @@ def test_pasted_functions_give_what_the_script_s_give(name):
     for function in pure_functions(name):
         wanted = getattr(script, function)
         parameters = inspect.signature(wanted).parameters.values()
-        options = {p.name: given[p.name] for p in parameters if p.name in given and p.name != "mean"}
-        options |= {"mean": "arithmetic"} if "mean" in {p.name for p in parameters} else {}
+        options = {p.name: given[p.name] for p in parameters if p.name in given}
         if "advantages" in {p.name for p in parameters}:
             options["advantages"] = given["rewards"] - 0.5
         if function == "advantages" and "shaped" in options:

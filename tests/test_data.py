@@ -93,6 +93,11 @@ def test_columns_can_be_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         data.load_rows(config(dataset=path))
     assert "--question-column" in stopped(capsys)
+    other = write(tmp_path / "b.jsonl", GSM8K)  # with the usual names, whatever those of the first are called
+    _, held = data.load_rows(
+        config(dataset=path, eval_dataset=other, eval_rows=9, question_column="text", answer_column="gold")
+    )
+    assert len(held) == 3
 
 
 def test_splits(tmp_path, capsys):
@@ -105,6 +110,9 @@ def test_splits(tmp_path, capsys):
     with pytest.raises(SystemExit):
         data.load_rows(config(dataset=str(tmp_path / "d"), train_split="training"))
     assert "--train-split" in stopped(capsys)
+    with pytest.raises(SystemExit):
+        data.load_rows(config(dataset=str(tmp_path / "d"), eval_split="tset"))
+    assert "--eval-split" in stopped(capsys)
 
 
 def test_a_hub_data_set_with_configurations(tmp_path):
@@ -140,6 +148,11 @@ def test_training_and_evaluation_never_share_a_question(tmp_path, capsys):
 def test_the_built_in_task_can_be_evaluated_on_something_else(tmp_path):
     train, held = data.load_rows(config(eval_dataset=write(tmp_path / "eval.jsonl", GSM8K)))
     assert len(train) == 8192 and {row["question"] for row in held} == {row["question"] for row in GSM8K}
+
+
+def test_questions_that_come_twice_are_dropped_and_counted(tmp_path, capsys):
+    train, _ = data.load_rows(config(dataset=write(tmp_path / "a.jsonl", [*GSM8K, GSM8K[0]]), eval_rows=0))
+    assert len(train) == 3 and "1 of 4 rows dropped" in capsys.readouterr().out
 
 
 def test_answers_that_cannot_be_verified_are_dropped_and_counted(tmp_path, capsys):
@@ -186,7 +199,7 @@ def test_real_data(name, count):
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def test_prompts():
+def test_prompts(capsys):
     tokenizer = tiny.new_tokenizer()
 
     def asked(system="think"):
@@ -204,6 +217,9 @@ def test_prompts():
     assert asked("7").endswith("7\n\n1+2?")
     tokenizer.chat_template = None
     assert asked() == "3+1+2="
+    with pytest.raises(SystemExit):
+        data.encode(config(prompt_template="{q}?"), tiny.new_model(tokenizer, 0), tokenizer, [{"question": "1+2?"}])
+    assert "--prompt-template" in stopped(capsys)
 
 
 # --- families ---------------------------------------------------------------------------------------------------------

@@ -494,25 +494,3 @@ def test_order_of_rows_never_matters(method):
     if method is egsw:
         W = egsw.weights(A, entropy, mask, group)
         torch.testing.assert_close(egsw.weights(A[order], entropy[order], mask[order], group[order]), W[order])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_copied_functions_need_torch_alone(method):
-    """The functions named in the README run in a namespace that holds only torch and typing names."""
-    import ast
-    import inspect
-    from dataclasses import dataclass
-    from typing import Literal
-
-    tree = ast.parse(inspect.getsource(method))
-    pure = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name not in ("main", "dynamic_sampling")]
-    space = {"torch": torch, "Tensor": torch.Tensor, "Literal": Literal, "dataclass": dataclass}
-    exec(compile(ast.Module(pure, []), method.__file__, "exec"), space)
-    rewards, group, mask, entropy = batch()
-    new, old = logprobs(mask)
-    A = method_advantages(method, rewards, group, mask, entropy)
-    torch.testing.assert_close(space["loss"](new, old, A, mask), method.loss(new, old, A, mask))
-    if method in (grpo, egsw):
-        torch.testing.assert_close(space["advantages"](rewards, group), A)
-    if method is egsw:
-        torch.testing.assert_close(space["weights"](A, entropy, mask, group), egsw.weights(A, entropy, mask, group))

@@ -39,6 +39,13 @@ def test_two_steps_resume_two_steps_equals_four(name, small, tmp_path, monkeypat
     assert [p.name for p in b.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+def test_a_run_goes_on_at_the_learning_rate_that_is_given(small, tmp_path, monkeypatch):
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 2, "--lr", 1e-3, "--warmup-steps", 4))
+    call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"), "--steps", "4", "--lr", "1e-4")
+    rates = [row["lr"] for row in lines(tmp_path / "r" / "metrics.jsonl")]  # after each step
+    assert rates == pytest.approx([0.5e-3, 0.75e-3, 1e-4, 1e-4])
+
+
 def test_logs_are_cut_off_at_the_checkpoint(small, tmp_path, monkeypatch):
     call(monkeypatch, "grpo", *small("--name", "r", "--steps", 2))
     folder = tmp_path / "r"
@@ -56,6 +63,10 @@ def test_resuming_what_cannot_be_resumed_is_refused(small, tmp_path, monkeypatch
     capsys.readouterr()
     assert "egsw.py" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), name="egsw")
     shutil.rmtree(tmp_path / "r" / "checkpoint-1")
+    stored = json.loads((tmp_path / "r" / "config.json").read_text())
+    (tmp_path / "r" / "config.json").write_text(json.dumps({**stored, "beta": 1}))
+    assert "beta" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), name="grpo")
+    (tmp_path / "r" / "config.json").write_text(json.dumps(stored))
     assert "no checkpoint" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), name="grpo")
 
 
@@ -129,9 +140,12 @@ def test_one_bad_update_of_several_does_not_mark_the_others(small, tmp_path, mon
         return loss(*args) * (torch.nan if len(calls) == 1 else 1)
 
     monkeypatch.setattr(grpo, "loss", once_nan)
+    monkeypatch.setattr(grpo, "advantages", lambda rewards, *_: torch.ones_like(rewards))
+    monkeypatch.setattr(grpo, "clip_fractions", lambda ratio, *_: {"ones": torch.ones_like(ratio)})
     call(monkeypatch, "grpo", *small("--name", "r", "--steps", 2, "--minibatches", 3, "--n-prompts", 24))
     rows = lines(tmp_path / "r" / "metrics.jsonl")
     assert [row["skipped_updates"] for row in rows] == [1, 0]
+    assert rows[0]["ones"] == pytest.approx(1.0)  # a mean over the tokens of the updates that were made
     assert all(math.isfinite(value) for row in rows for value in row.values()) and rows[0]["grad_norm"] > 0
 
 
@@ -147,7 +161,7 @@ def test_a_batch_without_a_usable_group_changes_nothing(small, tmp_path, monkeyp
 def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(
     number, status, phase, step, small, tmp_path, monkeypatch
 ):
-    method = getattr(run_module.Run, phase)
+    method, handler = getattr(run_module.Run, phase), signal.getsignal(number)
 
     def with_signal(self, *args):
         method(self, *args)
@@ -158,7 +172,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, "grpo", *small("--name", "half", "--steps", 4))
     assert stop.value.code == status and (tmp_path / "half" / f"checkpoint-{step}").exists()
-    assert signal.getsignal(number) != run_module.Run.on_signal
+    assert signal.getsignal(number) == handler
     monkeypatch.setattr(run_module.Run, phase, method)
     call(monkeypatch, "grpo", "--resume", str(tmp_path / "half"))
     call(monkeypatch, "grpo", *small("--name", "whole", "--steps", 4))
