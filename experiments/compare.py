@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import figures
 from cost import cost
-from tables import markdown, tables
+from tables import report
 
 import files
 import tiny
@@ -116,10 +116,11 @@ def name_of(cell: tuple) -> str:
 
 
 def identity(cell: tuple) -> dict:
-    """All that decides the cell's result, as it is stored beside it."""
+    """All that decides the cell's result but the code, as it is stored beside it."""
     setting, method, options, seed = cell
+    shape = SETTINGS[setting] | dict(recipe=tiny.RECIPE | SETTINGS[setting]["recipe"], rows=TRAIN_ROWS)
     config = {**defaults(method), **dict(options), **EVALUATION, "seed": seed, "stop_tokens": TOKENS}
-    return json.loads(json.dumps({"method": method, "setting": SETTINGS[setting], "config": config}))
+    return json.loads(json.dumps({"method": method, "setting": shape, "model": tiny.MODEL, "config": config}))
 
 
 def finished(cell: tuple, work: Path) -> dict | None:
@@ -351,11 +352,7 @@ def main(argv: list[str] | None = None, out: Path = HERE) -> int:
     if rows:
         write_csv(out / f"{name}.csv", rows)
         rows = read_csv(out / f"{name}.csv")  # the tables say what the file says
-    text = f"Means over n seeds, with 95% bootstrap intervals; {TOKENS:,} sampled tokens a run.\n\n"
-    text += "".join(tables(rows, question) for question in SEEDS)
-    if not args.quick and (costs := read_csv(out / "cost.csv")):
-        lines = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in costs]
-        text += "### cost, easy\n\n" + markdown(list(costs[0]), lines)
+    text = report(rows, [] if args.quick else read_csv(out / "cost.csv"), TOKENS)
     files.write_text(out / ("quick.md" if args.quick else "tables.md"), text)
     if not args.quick:
         figures.draw(rows, read_csv(out / "curves.csv"), out)

@@ -17,11 +17,14 @@ from evaluation import bootstrap
 
 def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
     """Mean and 95% bootstrap interval over seeds. One seed has no interval."""
-    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+
+    def shown(value):
+        return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no "-0.000"
+
     if len(values) == 1:
-        return mean
+        return shown(values[0])
     low, high = bootstrap(torch.tensor(values, dtype=torch.float32))
-    return f"{mean} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return f"{shown(statistics.fmean(values))} [{shown(low)}, {shown(high)}]"
 
 
 def first_time(values: list[float | None], scale: float = 1) -> str:
@@ -36,20 +39,36 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines)) + "\n"
 
 
+def report(rows: list[dict], costs: list[dict], tokens: int) -> str:
+    """All tables, as tables.md and quick.md hold them, from the rows of results.csv and cost.csv."""
+    text = f"Means over n seeds, with 95% bootstrap intervals; {tokens:,} sampled tokens a run.\n\n"
+    text += "".join(tables(rows, question) for question in dict.fromkeys(row["question"] for row in rows))
+    if costs:
+        lines = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in costs]
+        text += "### cost, easy\n\n" + markdown(list(costs[0]), lines)
+    return text
+
+
 def tables(rows: list[dict], question: str) -> str:
-    """A question's tables from the rows of results.csv."""
-    text = ""
-    for setting in dict.fromkeys(row["setting"] for row in rows if row["question"] == question):
-        runs: dict[str, list[dict]] = {}
-        for row in rows:
-            if (row["question"], row["setting"]) == (question, setting):
-                label = f"{row['method']} {row['variant']}".replace("weight_temperature", "P").strip()
-                runs.setdefault(label, []).append(row)
-        k = max(int(key.rpartition("@")[2]) for row in rows for key in row if key.startswith("after pass@"))
-        mean, reference = f"after mean@{k}", next(iter(runs))
+    """A question's tables: mean@k in all settings, if there are several, then each setting in detail."""
+    settings: dict[str, dict[str, list[dict]]] = {}  # the runs of each line of a table
+    for row in rows:
+        if row["question"] == question:
+            label = f"{row['method']} {row['variant']}".replace("weight_temperature", "P").strip()
+            settings.setdefault(row["setting"], {}).setdefault(label, []).append(row)
+    k = max(int(key.rpartition("@")[2]) for row in rows for key in row if key.startswith("after pass@"))
+    mean, text = f"after mean@{k}", ""
+    if len(settings) > 1:
+        lines = [
+            [label, *(interval([r[mean] for r in runs[label]]) if label in runs else "" for runs in settings.values())]
+            for label in dict.fromkeys(label for runs in settings.values() for label in runs)
+        ]
+        text += f"### {question}: mean@{k}\n\n" + markdown(["run", *settings], lines)
+    for setting, runs in settings.items():
+        reference = next(iter(runs))
         base = {row["seed"]: row[mean] for row in runs[reference]}
         lines, passes, entropies = [], [], []
-        ks = [f"pass@{2**i}" for i in range(k.bit_length())]
+        ks = [key.removeprefix("after ") for key in rows[0] if key.startswith("after pass@")]
         for label, some in runs.items():
             gain = [row[mean] - base[row["seed"]] for row in some if row["seed"] in base]
 

@@ -78,6 +78,7 @@ def test_the_curve_stands_at_equal_numbers_of_tokens(tmp_path, monkeypatch):
 
 def test_an_interval_spans_the_mean_and_is_left_out_for_one_seed():
     assert tables.interval([0.5]) == "0.500"
+    assert tables.interval([-0.0001, 0.0], sign="+") == "+0.000 [+0.000, +0.000]"
     assert tables.interval([0.5, 0.5, 0.5]) == "0.500 [0.500, 0.500]"
     mean, low, high = (float(x.strip("[],")) for x in tables.interval([0.1, 0.2, 0.3, 0.4, 0.5]).split())
     assert 0.1 < low < mean == 0.3 < high < 0.5
@@ -94,6 +95,27 @@ def test_a_table_compares_seed_by_seed(tmp_path):
     assert "| grpo | 2 | 0.500 [0.250, 0.750] |  | never |" in text
     assert "| gtpo | 2 | 0.625 [0.375, 0.875] | +0.125 [+0.125, +0.125] | never |" in text
     assert "| before | 0.250 | 0.500 |" in text
+    text = tables.tables([*rows, {**rows[0], "setting": "trap"}], "methods")
+    assert text.startswith("### methods: mean@2\n\n| run | easy | trap |\n")
+    assert "| grpo | 0.500 [0.250, 0.750] | 0.250 |\n| gtpo | 0.625 [0.375, 0.875] |  |\n" in text
+
+
+@pytest.mark.parametrize("name, markdown", [("results", "tables"), ("quick", "quick")])
+def test_the_committed_tables_say_what_the_committed_csv_says(name, markdown):
+    folder = ROOT / "experiments"
+    costs = compare.read_csv(folder / "cost.csv") if name == "results" else []
+    expected = tables.report(compare.read_csv(folder / f"{name}.csv"), costs, compare.TOKENS)
+    assert (folder / f"{markdown}.md").read_text() == expected
+
+
+@pytest.mark.parametrize("document, section", [("README.md", "Results"), ("experiments/RESULTS.md", None)])
+def test_every_table_of_results_is_quoted_word_for_word(document, section):
+    text = (ROOT / document).read_text()
+    if section:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    sources = [(ROOT / "experiments" / name).read_text().splitlines() for name in ("tables.md", "quick.md")]
+    assert lines and not set(lines) - set(sources[0]) - set(sources[1])
 
 
 def test_rows_survive_the_csv(tmp_path):

@@ -101,11 +101,16 @@ def refused(monkeypatch, capsys, out, *options, name="egsw"):
         ("--steps", -1), ("--lr", -1), ("--clip-low", 0), ("--n-prompts", 0), ("--reduction", "median"),
         ("--alpha", "x"), ("--colour", 1),
         ("--dataset", "no-such-data"), ("--model", "no/such/folder/at all"), ("--max-new-tokens", 5000),
+        ("--name", "a/b"), ("--name", ".."),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(option, value, small, tmp_path, monkeypatch, capsys):
     options = small(option, value)
     assert option in refused(monkeypatch, capsys, tmp_path, *options)
+
+
+def test_an_evaluation_of_nothing_is_refused(small, tmp_path, monkeypatch, capsys):
+    assert "--eval-rows" in refused(monkeypatch, capsys, tmp_path, *small("--eval-only", "--eval-rows", 0))
 
 
 def test_an_existing_run_is_not_overwritten(small, tmp_path, monkeypatch, capsys):

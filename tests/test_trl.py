@@ -265,6 +265,8 @@ def test_masked_and_unscored_rows_leave_no_trace(method, toy, tmp_path):
         ("gtpo", dict(method_options=dict(reduction="sequence"))),
         ("grpo_s", dict(method_options=dict(lr=1.0))),
         ("grpo_s", dict(method_options=dict(mean="geometrical"))),
+        ("gtpo", dict(method_options=dict(entropy_min=0))),
+        ("gtpo", dict(method_options=dict(alpha2=-0.1))),
     ],
 )
 def test_what_would_be_another_method_is_refused(method, wrong, toy, tmp_path):
