@@ -21,7 +21,11 @@ Deviations from the paper, and why:
     multiplies the whole clipped per-token objective, the KL term included.
  3. alpha and P are this project's choice: the paper finds them sensitive, and its values could not be checked. Nor
     could its treatment of the KL term; beta is 0 unless --kl-coef is given.
- 4. The weights take any advantage: --advantage grpo, dr_grpo or rloo, as in grpo.py.
+ 4. The mean is over all tokens of the step. The paper's, over each completion and then over completions, is --reduction
+    sequence. Advantages sum to zero over a group, weighted advantages to more; and a credit of c on each token, divided
+    by |o_i|, is in expectation the gradient of a reward of c/|o_i|: it pays for being short. On tasks where guessing is
+    possible that ended in guesses (experiments/RESULTS.md).
+ 5. The weights take any advantage: --advantage grpo, dr_grpo or rloo, as in grpo.py.
 """
 
 from dataclasses import dataclass
@@ -45,7 +49,7 @@ class Config(RunConfig):
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
     clip_high: float = option(0.2, "the ratio is clipped at 1 + clip_high", above=0)
     kl_coef: float = option(0.0, "beta, the weight of the KL to the starting model", at_least=0)
-    reduction: Literal["sequence", "token", "constant"] = option("sequence", "how the loss is averaged")
+    reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
 def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:

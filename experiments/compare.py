@@ -79,14 +79,17 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         weights = [*product(alpha2=[0.0, 0.05, 0.2, 0.5]), dict(alpha1=0.9, alpha2=0.1)]
         return lines(("easy", "trap"), "gtpo", {}, *readings, dict(scope="group"), *weights)
     if question == "egsw":
-        # On `trap`, and with P = 1 on `easy` too, most end in short guesses: many steps, and so the dearest cells.
-        easy = product(weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.1, 0.5, 1.0])
-        trap = product(weight_temperature=[2.0, 4.0, 8.0], alpha=[0.0, 0.5])
+        # Short guesses take many steps, and so the dearest cells.
+        means = ["token", "sequence"]
+        easy = product(reduction=means, weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.1, 0.5, 1.0])
+        trap = product(reduction=means, weight_temperature=[2.0, 4.0, 8.0], alpha=[0.0, 0.5])
         return lines(("easy",), "egsw", *easy) + lines(("trap",), "egsw", *trap)
     if question == "egsw_forms":
-        kinds = [dict(advantage="grpo"), dict(advantage="dr_grpo", reduction="constant"), dict(advantage="rloo")]
+        kinds = ("grpo", "token"), ("grpo", "sequence"), ("rloo", "sequence"), ("dr_grpo", "constant")
+        kinds = [dict(advantage=advantage, reduction=reduction) for advantage, reduction in kinds]
         forms = product(step_wise=[True, False], mean_one=[True, False])
-        return lines(SETTINGS, "egsw", *({**kind, **form} for kind in kinds for form in forms))
+        weighted = [{**kind, **form} for kind in kinds for form in forms]
+        return lines(SETTINGS, "grpo", *kinds) + lines(SETTINGS, "egsw", *weighted)
     if question == "grpo_s":
         return lines(("easy",), "grpo_s", *product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]))
     # The methods' defaults differ in more than the method. These take away one difference at a time.
@@ -96,7 +99,7 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         options = product(reduction=["sequence", "token", "constant"])
         return [line for method in ("grpo", "egsw", "gtpo", "grpo_s") for line in lines(SETTINGS, method, *options)]
     rates = [{}, *product(lr=[1e-4, 4e-4])]  # lr; without it a tiny model has 2e-4
-    return [line for method in METHODS for line in lines(("easy", "long"), method, *rates)]
+    return [line for method in METHODS for line in lines(("long",), method, *rates)]
 
 
 @functools.cache

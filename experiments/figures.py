@@ -2,7 +2,7 @@
 
 learning_curves.png: reward, entropy and length against the tokens sampled, a row of panels a setting; lines are means
 over seeds, bands span from the lowest seed to the highest. pass_at_k.png: pass@k before and after training.
-egsw_grid.png: EGSW's mean@k after training over P and alpha.
+egsw_grid.png: EGSW's mean@k after training over P and alpha, by setting and reduction.
 """
 
 import statistics
@@ -75,16 +75,14 @@ def pass_at_k(pyplot, rows: list[dict]):
 
 
 def egsw_grid(pyplot, rows: list[dict]):
-    settings = distinct(rows, "setting")
     mean = next(key for key in rows[0] if key.startswith("after mean@"))
-    size = dict(figsize=(4.6 * len(settings), 3.2), layout="constrained", squeeze=False)
-    figure, panels = pyplot.subplots(1, len(settings), **size)
-    for setting, axis in zip(settings, panels[0], strict=True):
-        values: dict[tuple[str, str], list[float]] = {}
-        for row in rows:
-            if row["setting"] == setting:
-                shape = dict(part.split("=") for part in row["variant"].split())
-                values.setdefault((shape["alpha"], shape["weight_temperature"]), []).append(row[mean])
+    grids: dict[str, dict[tuple[str, str], list[float]]] = {}  # by panel, and there by alpha and P
+    for row in rows:
+        shape = dict(part.split("=") for part in row["variant"].split())
+        values = grids.setdefault(f"{row['setting']}, mean over {shape['reduction']}s", {})
+        values.setdefault((shape["alpha"], shape["weight_temperature"]), []).append(row[mean])
+    figure, panels = pyplot.subplots(1, len(grids), figsize=(4 * len(grids), 3.2), layout="constrained", squeeze=False)
+    for (title, values), axis in zip(grids.items(), panels[0], strict=True):
         alphas, temperatures = (sorted({key[i] for key in values}, key=float) for i in (0, 1))
         cells = [[statistics.fmean(values.get((a, p), [float("nan")])) for p in temperatures] for a in alphas]
         axis.imshow(cells, aspect="auto", cmap="viridis", vmin=0, vmax=1)
@@ -92,5 +90,5 @@ def egsw_grid(pyplot, rows: list[dict]):
             colour = "white" if cells[i][j] < 0.6 else "black"
             axis.text(j, i, f"{cells[i][j]:.3f}", ha="center", va="center", color=colour)
         axis.set(xticks=range(len(temperatures)), xticklabels=temperatures, xlabel="P")
-        axis.set(yticks=range(len(alphas)), yticklabels=alphas, ylabel="alpha", title=f"{setting}: {mean[6:]}")
+        axis.set(yticks=range(len(alphas)), yticklabels=alphas, ylabel="alpha", title=f"{title}: {mean[6:]}")
     return figure

@@ -16,7 +16,7 @@ from integrations.token_advantages import advantages, config
 
 COMMON = dict(epsilon=0.2, use_bias_correction_kl=False)  # TRL's default gives the KL another gradient
 SETTINGS = {  # for GRPOConfig: with these TRL's loss is that of the script, by the script's own defaults
-    "egsw": COMMON | dict(loss_type="grpo", importance_sampling_level="token", epsilon_high=0.2),
+    "egsw": COMMON | dict(loss_type="dapo", importance_sampling_level="token", epsilon_high=0.2),
     "gtpo": COMMON | dict(loss_type="dapo", importance_sampling_level="token", epsilon_high=0.28),
     "grpo_s": COMMON | dict(loss_type="grpo", importance_sampling_level="sequence", epsilon_high=0.28),
 }
