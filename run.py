@@ -39,6 +39,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 import common
 import data
@@ -122,8 +123,7 @@ class Run:
         for group in self.optimizer.param_groups:  # a checkpoint's may have been another
             group["lr"] = group["initial_lr"] = self.cfg.lr
         warmup = max(1, self.cfg.warmup_steps)
-        rise = torch.optim.lr_scheduler.LambdaLR
-        self.scheduler = rise(self.optimizer, lambda n: min(1.0, (n + 1) / warmup), last_epoch=updates - 1)
+        self.scheduler = LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup), last_epoch=updates - 1)
 
     def load(self, source: str):
         device = torch.device("cpu") if self.cfg.fsdp else self.device  # the whole model need not fit on a GPU
