@@ -83,7 +83,8 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         means = ["token", "sequence"]
         easy = product(reduction=means, weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.1, 0.5, 1.0])
         trap = product(reduction=means, weight_temperature=[2.0, 4.0, 8.0], alpha=[0.0, 0.5])
-        return lines(("easy",), "egsw", *easy) + lines(("trap",), "egsw", *trap)
+        long = product(reduction=means[:1], weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.5])
+        return lines(("easy",), "egsw", *easy) + lines(("trap",), "egsw", *trap) + lines(("long",), "egsw", *long)
     if question == "egsw_forms":
         kinds = ("grpo", "token"), ("grpo", "sequence"), ("rloo", "sequence"), ("dr_grpo", "constant")
         kinds = [dict(advantage=advantage, reduction=reduction) for advantage, reduction in kinds]
