@@ -77,7 +77,7 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
     if question == "gtpo":
         readings = [dict(normalize="own"), *product(compare=["row", "matrix"]), dict(compare="row", mean="geometric")]
         weights = [*product(alpha2=[0.0, 0.05, 0.2, 0.5]), dict(alpha1=0.9, alpha2=0.1)]
-        return lines(("easy", "trap"), "gtpo", {}, *readings, dict(scope="group"), *weights)
+        return lines(SETTINGS, "gtpo", {}, *readings, dict(scope="group"), *weights)
     if question == "egsw":
         # Short guesses take many steps, and so the dearest cells.
         means = ["token", "sequence"]
