@@ -23,8 +23,9 @@ Deviations from the paper, and readings where it is open:
     would have left them out of the batch.
  3. The paper clips "entropy at 0.2 and 0.28", the numbers of DAPO's ratio clip: here they clip the ratio. H has a floor
     (--entropy-min) before it is divided by, and a ceiling if --entropy-max is given.
- 4. --mean geometric is the robust form of section 2.4.1; --scope group keeps all sets inside the prompt's own group,
-    where the paper's runs compared over the whole batch; --overlong-gamma adds the length punishment of appendix C.
+ 4. All sets stay inside the prompt's own group, so that an easy prompt is no baseline for a hard one. The paper's runs
+    compared over the whole batch: --scope batch, which learned less on hard ones (experiments/RESULTS.md).
+ 5. --mean geometric is the robust form of section 2.4.1; --overlong-gamma adds the length punishment of appendix C.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Config(RunConfig):
     alpha2: float = option(0.1, "weight of the entropy's share", at_least=0)
     compare: Literal["column", "row", "matrix"] = option("column", "the tokens that an entropy is compared with")
     mean: Literal["arithmetic", "geometric"] = option("arithmetic", "their mean")
-    scope: Literal["batch", "group"] = option("batch", "all sets span the batch, or the prompt's own group")
+    scope: Literal["group", "batch"] = option("group", "all sets span the prompt's own group, or the batch")
     normalize: Literal["all", "own"] = option("all", "Eq. 4 over all tokens, or over the outcome's own")
     entropy_min: float = option(1e-3, "floor of the entropy, nats", above=0)
     entropy_max: float = option(1e3, "ceiling of the entropy, nats", above=0)
@@ -99,7 +100,7 @@ def shaped_rewards(
     alpha2: float = 0.1,
     compare: str = "column",
     mean: str = "arithmetic",
-    scope: str = "batch",
+    scope: str = "group",
     entropy_min: float = 1e-3,
     entropy_max: float = 1e3,
     punishment: Tensor | None = None,
@@ -124,7 +125,7 @@ def advantages(
     rewards: Tensor,
     mask: Tensor,
     group: Tensor,
-    scope: str = "batch",
+    scope: str = "group",
     normalize: str = "all",
     eps: float = 1e-6,
 ) -> Tensor:

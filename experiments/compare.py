@@ -54,7 +54,7 @@ SETTINGS = {
     "trap": dict(recipe=dict(guess=0.5), terms=None, max_new_tokens=64),
     "long": dict(recipe={}, terms=(6, 8), max_new_tokens=96),
 }
-SEEDS = dict(methods=5, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3, lr=3)
+SEEDS = dict(methods=5, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3)
 QUESTIONS = (*SEEDS, "cost")
 CURVE_POINTS = 30
 
@@ -76,8 +76,9 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         return [(setting, method, {}) for setting in SETTINGS for method in METHODS]
     if question == "gtpo":
         readings = [dict(normalize="own"), *product(compare=["row", "matrix"]), dict(compare="row", mean="geometric")]
-        weights = [*product(alpha2=[0.0, 0.05, 0.2, 0.5]), dict(alpha1=0.9, alpha2=0.1)]
-        return lines(SETTINGS, "gtpo", {}, *readings, dict(scope="group"), *weights)
+        options = [{}, *readings, *product(alpha2=[0.0, 0.05, 0.2, 0.5]), dict(alpha1=0.9, alpha2=0.1)]
+        group, batch = ([dict(scope=scope) | o for o in options] for scope in ("group", "batch"))
+        return lines(SETTINGS, "gtpo", *batch) + lines(("easy", "long"), "gtpo", *group) + [("trap", "gtpo", group[0])]
     if question == "egsw":
         # Short guesses take many steps, and so the dearest cells.
         means = ["token", "sequence"]
@@ -95,12 +96,11 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         return lines(("easy",), "grpo_s", *product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]))
     # The methods' defaults differ in more than the method. These take away one difference at a time.
     if question == "updates":
-        return [line for o in product(minibatches=[1, 4]) for method in METHODS for line in lines(SETTINGS, method, o)]
+        settings, options = ("easy", "long"), product(minibatches=[1, 4])
+        return [line for o in options for method in METHODS for line in lines(settings, method, o)]
     if question == "reduction":
         options = product(reduction=["sequence", "token", "constant"])
-        return [line for method in ("grpo", "egsw", "gtpo", "grpo_s") for line in lines(SETTINGS, method, *options)]
-    rates = [{}, *product(lr=[1e-4, 4e-4])]  # lr; without it a tiny model has 2e-4
-    return [line for method in METHODS for line in lines(("long",), method, *rates)]
+        return [line for method in ("grpo", "egsw", "grpo_s") for line in lines(SETTINGS, method, *options)]
 
 
 @functools.cache

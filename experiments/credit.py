@@ -6,10 +6,10 @@
 
 Credit is what multiplies grad log pi of a token at the first update on a rollout, where every ratio is 1, before the
 mean over tokens. It comes from the functions of the five scripts at their default options, over a batch such as the
-first step of a run samples: GTPO compares tokens across prompts. One prompt is drawn, the first whose completions come
-nearest to half right. Blue pushes a token up, orange pushes it down, and all panels share one scale; the bar beneath a
-token is the entropy of the policy there. The PNG wraps long completions and says what it cuts; the page, one file that
-loads nothing, has all of it, with the numbers on hover, tap or keyboard focus.
+first step of a run samples. One prompt is drawn, the first whose completions come nearest to half right. Blue pushes a
+token up, orange pushes it down, and all panels share one scale; the bar beneath a token is the entropy of the policy
+there. The PNG wraps long completions and says what it cuts; the page, one file that loads nothing, has all of it, with
+the numbers on hover, tap or keyboard focus.
 
 Exit status: 0 done; 2 the options or the input are wrong, or no prompt has both right and wrong completions.
 """

@@ -36,7 +36,7 @@ REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL
 OPTIONS = {
     "egsw": dict(advantage="rloo", alpha=1.0, weight_temperature=0.7, step_wise=False, mean_one=False),
     "gtpo": dict(
-        alpha1=0.9, alpha2=0.3, compare="matrix", mean="geometric", scope="group", normalize="own", entropy_min=0.01,
+        alpha1=0.9, alpha2=0.3, compare="matrix", mean="geometric", scope="batch", normalize="own", entropy_min=0.01,
         entropy_max=0.5, overlong_gamma=0.75,
     ),
     "grpo_s": dict(beta1=0.9, beta2=0.3, mean="geometric", entropy_min=0.01),

@@ -137,7 +137,7 @@ def test_a_group_with_one_outcome_gets_zero(method):
     [
         ("egsw", dict(advantage="rloo", alpha=2.0, weight_temperature=0.7, step_wise=False, mean_one=False)),
         ("gtpo", dict(alpha1=0.9, alpha2=0.2, compare="row", mean="geometric", entropy_min=0.5, entropy_max=1.0)),
-        ("gtpo", dict(scope="group", normalize="own", overlong_gamma=0.75)),
+        ("gtpo", dict(scope="batch", normalize="own", overlong_gamma=0.75)),
         ("grpo_s", dict(beta1=0.9, beta2=0.2, mean="geometric", entropy_min=0.5)),
     ],
 )
@@ -149,12 +149,12 @@ def test_every_configuration_key_reaches_the_function(method, keys):
         A = egsw.advantages(r, group, "rloo")
         expected = A[:, None] * egsw.weights(A, H, mask, group, 2.0, 0.7, False, False)
     elif "alpha1" in keys:
-        shaped = gtpo.shaped_rewards(r, H, mask, group, 0.9, 0.2, "row", "geometric", "batch", 0.5, 1.0)
+        shaped = gtpo.shaped_rewards(r, H, mask, group, 0.9, 0.2, "row", "geometric", "group", 0.5, 1.0)
         expected = gtpo.advantages(*shaped, r, mask, group)
     elif method == "gtpo":
         punishment = gtpo.overlong_punishment(r, mask.sum(1), group, 0.75)
-        shaped = gtpo.shaped_rewards(r, H, mask, group, scope="group", punishment=punishment)
-        expected = gtpo.advantages(*shaped, r, mask, group, "group", "own")
+        shaped = gtpo.shaped_rewards(r, H, mask, group, scope="batch", punishment=punishment)
+        expected = gtpo.advantages(*shaped, r, mask, group, "batch", "own")
     else:
         shaped = grpo_s.shaped_rewards(r, H, mask, group, 0.9, 0.2, "geometric", 0.5)
         expected = grpo_s.advantages(shaped, r, group)[:, None] * mask
