@@ -180,7 +180,7 @@ def trained(cls, toy, out, steps_per_rollout=1, reward=reward, **keywords):
 def check(trainer):
     assert len(trainer.losses) == 4 and len(trainer.gradients) == 2
     for theirs, ours in trainer.losses:
-        assert theirs == pytest.approx(ours, rel=1e-6, abs=1e-6)
+        assert theirs == pytest.approx(ours, rel=3e-6, abs=1e-6)
     for theirs, ours in trainer.gradients:
         assert theirs.norm() > 1e-3
         assert (theirs - ours).norm() < 1e-5 * ours.norm()
