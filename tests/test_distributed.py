@@ -93,7 +93,7 @@ def base_weights(options):
 
 
 def test_a_checkpoint_of_two_processes_resumes_on_one_and_the_other_way_round(small, tmp_path, monkeypatch):
-    options = small("--minibatches", 2, "--lr", 1e-3)
+    options = small("--minibatches", 2, "--lr", 3e-4)  # AdamW multiplies what rounding leaves by the learning rate
     call(monkeypatch, "egsw", *options, "--steps", "4", "--name", "whole")
     call(monkeypatch, "egsw", *options, "--steps", "2", "--name", "one")
     two_processes(
