@@ -91,7 +91,7 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         kinds = [dict(advantage=advantage, reduction=reduction) for advantage, reduction in kinds]
         forms = product(step_wise=[True, False], mean_one=[True, False])
         weighted = [{**kind, **form} for kind in kinds for form in forms]
-        return lines(("easy", "long"), "grpo", *kinds) + lines(("easy", "long"), "egsw", *weighted)
+        return lines(("easy",), "grpo", *kinds) + lines(("easy",), "egsw", *weighted)
     if question == "grpo_s":
         return lines(("easy",), "grpo_s", *product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]))
     # The methods' defaults differ in more than the method. These take away one difference at a time.
