@@ -1,142 +1,171 @@
-"""What every method shares, in the order in which data flows: sampling, log-probs and entropy, the update.
+"""What every method shares, in the order in which data flows: rollouts, the model's head, sampling, log-probs, means.
 
     sample           prompts -> Rollout: completions with their mask, log-probs and entropy
-    token_logprobs   log-prob and entropy of given completions, without ever holding tokens x vocabulary
-    update           one or several optimizer steps on a Rollout, for any per-token objective
+    token_logprobs   log-probs (and entropy) of given completions, with gradients
+    loss_weights     factors that turn a plain sum over tokens into the mean that a method wants
+    clip_fractions   which tokens the clip has cut off from their gradient
 
-Nothing here knows a method, a reward or a data set. Shapes: Q prompts, G completions a prompt, B = Q * G rows,
-T completion tokens, D hidden size, V vocabulary. Log-probs and entropies are in nats, at the sampling temperature.
+This file knows no method, no reward, no data set and no other process. It needs torch and transformers only. Shapes:
+Q prompts, G completions of each, B = Q * G rows, P prompt tokens, T completion tokens, D hidden size, V vocabulary.
+Log-probs and entropies are in nats, at the sampling temperature.
 """
 
-import math
-from collections.abc import Callable
+import functools
+import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-import distributed
-import fast
-
-# Logits are computed for so many elements (tokens x vocabulary) at a time: 64 MiB of float32, or 512 MiB on a GPU,
-# which needs larger products to be busy.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}  # logits (tokens x vocabulary) computed at a time; a GPU needs more work
+COMPACT_BELOW = 0.9  # ended rows leave the batch when less than this share of it is needed: moving the cache costs time
 
 
 @dataclass
 class Rollout:
-    """B completions. Padded places of `completion_ids` hold any id; only `mask` says what is real."""
+    """B completions. The padding of `completion_ids` may hold any id: `mask` alone says which tokens are real."""
 
     prompt_ids: Tensor  # [B, P] right-padded
-    prompt_lengths: Tensor  # [B]
-    completion_ids: Tensor  # [B, T] right-padded; T is max_new_tokens
+    prompt_lengths: Tensor  # [B] tokens
+    completion_ids: Tensor  # [B, T] right-padded; T is the limit of sampling, max_new_tokens
     mask: Tensor  # [B, T] 1.0 up to and including EOS, else 0.0
-    logprobs: Tensor  # [B, T] of the sampled tokens, as they were sampled
-    entropy: Tensor  # [B, T] of the sampling distribution, over the whole vocabulary
-    finished: Tensor  # [B] True: ended by EOS; False: cut off at max_new_tokens
-    group: Tensor  # [B] rows of one prompt share a number
-    rewards: Tensor  # [B] filled in by the caller
-    texts: list[dict]  # B times {"question", "answer", "completion", ...}, filled in by the caller
+    logprobs: Tensor  # [B, T] of the tokens, computed while they were sampled
+    entropy: Tensor  # [B, T] of the distributions that they were drawn from, over the whole vocabulary
+    finished: Tensor  # [B] True: ended by EOS; False: cut off at T
+    group: Tensor  # [B] the number of the row's prompt
+    rewards: Tensor  # [B] zeros until the caller fills them in
+    texts: list[dict]  # B times {"question", "answer", "completion", ...}; empty until the caller fills it in
 
     def __len__(self) -> int:
         return len(self.group)
 
-    def lengths(self) -> Tensor:
-        """Completion tokens of each row, EOS included. [B]"""
+    def completion_lengths(self) -> Tensor:
+        """Tokens of each completion, EOS included. [B]"""
         return self.mask.sum(1)
 
-    def to(self, device: torch.device | str) -> "Rollout":
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "texts"})
-
     def select(self, rows: Tensor) -> "Rollout":
-        """The Rollout of these rows (indices, or a boolean mask over B)."""
-        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "texts"}
+        """The Rollout of these rows: indices, or a boolean mask over B."""
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().squeeze(1)
+        tensors = {name: getattr(self, name)[rows] for name in TENSORS}
         return Rollout(**tensors, texts=[self.texts[i] for i in rows.tolist()] if self.texts else [])
 
 
+TENSORS = [field.name for field in fields(Rollout) if field.name != "texts"]
+
+
 def concatenate(rollouts: list[Rollout]) -> Rollout:
-    """One Rollout of several with the same T; group numbers are shifted so that they stay distinct."""
-    width, shift, parts = max(r.prompt_ids.shape[1] for r in rollouts), 0, []
-    for r in rollouts:
-        prompt_ids = torch.nn.functional.pad(r.prompt_ids, (0, width - r.prompt_ids.shape[1]))
-        parts.append(replace(r, prompt_ids=prompt_ids, group=r.group + shift))
-        shift = int(parts[-1].group.max()) + 1
-    tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Rollout) if f.name != "texts"}
-    return Rollout(**tensors, texts=[text for p in parts for text in p.texts])
-
-
-def gather(rollout: Rollout | None, device: torch.device) -> Rollout:
-    """The whole Rollout, on every process, of each one's part (None: nothing)."""
-    if distributed.world() == 1:
-        return rollout
-    parts = distributed.gather(rollout and rollout.to("cpu"))
-    return concatenate([part for part in parts if part]).to(device)
+    """One Rollout of several with the same T. Group numbers are shifted, so that different prompts stay different."""
+    width = max(rollout.prompt_ids.shape[1] for rollout in rollouts)
+    parts: list[Rollout] = []
+    for rollout in rollouts:
+        prompt_ids = torch.nn.functional.pad(rollout.prompt_ids, (0, width - rollout.prompt_ids.shape[1]))
+        first_group = int(parts[-1].group.max()) + 1 if parts else 0
+        parts.append(replace(rollout, prompt_ids=prompt_ids, group=rollout.group + first_group))
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
+    return Rollout(**tensors, texts=[text for part in parts for text in part.texts])
 
 
 def autocast(device: torch.device):
-    """bf16 arithmetic on a GPU, plain float32 elsewhere. The weights stay float32: at a learning rate of 1e-6 an AdamW
-    step is smaller than half of bf16's spacing, and pure bf16 weights would not move."""
+    """bf16 arithmetic on a GPU, float32 elsewhere. The weights stay float32: at a learning rate of 1e-6 a step of AdamW
+    is smaller than half the distance between two bf16 numbers, so bf16 weights would not move."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-# --- the head ---------------------------------------------------------------------------------------------------------
+# --- the head: from hidden states to logits ---------------------------------------------------------------------------
 
 
 def head_factors(model) -> tuple[float, float | None]:
-    """What some families do to the head's output: a factor (Cohere's logit_scale, Granite's 1 / logits_scaling), then
-    a soft cap (Gemma-2's final_logit_softcapping; None for none)."""
+    """What some model families do behind their head: a scale (Cohere's logit_scale, Granite's 1 / logits_scaling) and
+    then a soft cap (Gemma-2's final_logit_softcapping; None where there is none)."""
     config = model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def head_logits(model, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-    """Logits over temperature, [N, V] in float32, from the decoder's hidden states [N, D]."""
-    logits, (scale, cap) = model.get_output_embeddings()(hidden).float(), head_factors(model)
-    logits = logits * scale if scale != 1.0 else logits
-    logits = torch.tanh(logits / cap) * cap if cap else logits
+    """Logits divided by the temperature, float32 [N, V], from the decoder's last hidden states [N, D]."""
+    logits = model.get_output_embeddings()(hidden).float()
+    scale, cap = head_factors(model)
+    if scale != 1.0:
+        logits = logits * scale
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
     return logits / temperature if temperature != 1.0 else logits
-
-
-@torch.no_grad()
-def check_head(model) -> None:
-    """Raises ValueError unless head_logits(decoder's hidden states) equals the model's own logits: the log-probs below
-    run the two apart, and some family may do something in between that is not known here."""
-    model.eval()
-    ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
-    expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    got = head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
-        raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states): it is not supported")
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def pick(probs: Tensor, node: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sampling: probs [n, V], node [b] (each row's line of probs), uniforms [b] in [0, 1) -> token ids [b].
+def inverse_cdf(probs: Tensor, node: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's random number.
 
-    Each row has its own number, so that a sample does not depend on the other rows in the batch. (On CUDA, cumsum is
-    not deterministic to the last bit.)
+    probs [n, V]; node [b], the line of probs that each row draws from; uniforms [b] in [0, 1) -> token ids [b]. Each
+    row has a number of its own, so a sample does not depend on the other rows.
     """
-    cdf = probs.cumsum(-1)[node]
-    # `right` skips tokens of probability zero; scaling by the last entry absorbs the rounding of the sum.
-    threshold = uniforms[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp(max=probs.shape[1] - 1)
+    cdf = probs.cumsum(-1)[node]  # on CUDA, cumsum may differ in the last bit from run to run
+    threshold = uniforms[:, None] * cdf[:, -1:]  # the last entry is 1 but for rounding
+    token = torch.searchsorted(cdf, threshold, right=True)  # `right` skips tokens of probability zero
+    return token.squeeze(1).clamp(max=probs.shape[1] - 1)
 
 
-def draw(model, hidden: Tensor, node: Tensor, uniforms: Tensor | None, temperature: float):
-    """The next token of each row, its log-prob, and the entropy of the distribution it came from, three [b].
+def next_token(model, hidden: Tensor, node: Tensor, uniforms: Tensor | None, temperature: float):
+    """The next token of each row, its log-prob, and the entropy of the distribution it was drawn from: three [b].
 
-    hidden: [n, D] last hidden state of each node; node: [b] each row's; uniforms: [b], or None for the most probable.
+    hidden [n, D], last hidden state of each node; node [b], the node of each row; uniforms [b], or None: argmax.
     """
-    logp = head_logits(model, hidden, temperature).log_softmax(-1)  # [n, V]
-    probs = logp.exp()
-    token = logp.argmax(-1)[node] if uniforms is None else pick(probs, node, uniforms)
-    return token, logp[node, token], torch.special.entr(probs).sum(-1)[node]
+    logprobs = head_logits(model, hidden, temperature).log_softmax(-1)  # [n, V]
+    probs = logprobs.exp()
+    token = logprobs.argmax(-1)[node] if uniforms is None else inverse_cdf(probs, node, uniforms)
+    return token, logprobs[node, token], torch.special.entr(probs).sum(-1)[node]
+
+
+def empty_rollout(prompts: list[list[int]], group_size: int, max_new_tokens: int, device: torch.device) -> Rollout:
+    """The Rollout of these prompts before the first token is sampled: all of it is padding."""
+    B = len(prompts) * group_size
+    group = torch.arange(B, device=device) // group_size
+    P = max(len(prompt) for prompt in prompts)
+    prompt_ids = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
+    return Rollout(
+        prompt_ids=prompt_ids[group],
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], device=device)[group],
+        completion_ids=torch.zeros(B, max_new_tokens, dtype=torch.long, device=device),
+        mask=torch.zeros(B, max_new_tokens, device=device),
+        logprobs=torch.zeros(B, max_new_tokens, device=device),
+        entropy=torch.zeros(B, max_new_tokens, device=device),
+        finished=torch.zeros(B, dtype=torch.bool, device=device),
+        group=group,
+        rewards=torch.zeros(B, device=device),
+        texts=[],
+    )
+
+
+def prefill(model, prompts: list[list[int]], max_new_tokens: int):
+    """Runs the decoder on the prompts, padded on the left: all end in the same column. Returns their cache, attention
+    mask [Q, P + T] (0 on padding, 1 on all tokens to come), and the hidden state [Q, D] of the last prompt token."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    P = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (P - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    is_token = [[0] * (P - len(prompt)) + [1] * (len(prompt) + max_new_tokens) for prompt in prompts]
+    attention = torch.tensor(is_token, device=model.device)
+    positions = (attention[:, :P].cumsum(1) - 1).clamp(min=0)
+    return cache, attention, last_hidden(model, cache, ids, attention[:, :P], positions)
+
+
+def last_hidden(model, cache, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+    """Hidden state [n, D] of the last of the new tokens ids [n, k]; the cache grows by these tokens."""
+    inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions, "use_cache": True}
+    inputs[cache_argument(model.base_model.__class__)] = cache
+    return model.base_model(**inputs).last_hidden_state[:, -1]
+
+
+@functools.cache
+def cache_argument(decoder_class) -> str:
+    """What forward() calls its cache: since transformers 5.24 `cache` instead of `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(decoder_class.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()
@@ -148,88 +177,164 @@ def sample(
     eos_ids: list[int],
     uniforms: Tensor | None,
     temperature: float = 1.0,
-    drop_below: float = 0.9,
-    fixed: bool = False,
 ) -> Rollout:
-    """Samples `group_size` completions of every prompt, straight from the model's distribution at `temperature`: its
-    generation_config (top-k, top-p, penalties) is ignored, because what is sampled must be what the loss models.
+    """Samples `group_size` completions of every prompt, straight from the model's distribution at `temperature`. The
+    model's generation_config (top-k, top-p, penalties) is ignored: what is sampled must be what the loss models.
 
     prompts: Q lists of token ids. uniforms: [Q * group_size, max_new_tokens] in [0, 1), which decide every token; None
     takes the most probable token instead.
 
-    Completions of one prompt that have been the same so far share one node: one line in the batch and in the cache.
-    A node is split when its rows draw different tokens and leaves when its rows have ended, so the batch grows from Q
-    prompts to the distinct unfinished completions, which are few where the policy is sure. Nodes without rows stay
-    until they are more than 1 - drop_below of the batch, for moving the cache costs time.
-
-    fixed: fast.decode_fixed instead, the same samples from fixed shapes, where the model's attention allows it.
+    A row is a completion; a node is a line of the batch that the decoder works on. Rows of one prompt share a node as
+    long as they have drawn the same tokens. So the batch starts with Q nodes and grows to the number of different
+    unfinished completions, which is small where the policy is sure.
     """
-    model.eval()  # also because gradient checkpointing in train mode turns the cache off without a word
-    device, Q, B, T = model.device, len(prompts), len(prompts) * group_size, max_new_tokens
-    lengths = torch.tensor([len(p) for p in prompts], device=device)  # [n] prompt tokens of each node
-    P = int(lengths.max())
-    padded = [[0] * (P - len(p)) + p for p in prompts]  # left, so that every row's next token stands in the same column
-    attend = torch.ones(Q, P + T, dtype=torch.long, device=device)  # [n, P + T] 0 on left padding
-    attend[:, :P] = torch.arange(P, device=device) >= P - lengths[:, None]
-    uniforms = None if uniforms is None else uniforms.to(device)
-    eos = torch.tensor(eos_ids, device=device)
-    rows = torch.arange(B, device=device)  # [b] the unfinished rows
-    node = rows // group_size  # [b] the node of each of them, n nodes in all
-    r = Rollout(
-        prompt_ids=torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)[node],
-        prompt_lengths=lengths[node],
-        completion_ids=torch.zeros(B, T, dtype=torch.long, device=device),
-        mask=torch.zeros(B, T, device=device),
-        logprobs=torch.zeros(B, T, device=device),
-        entropy=torch.zeros(B, T, device=device),
-        finished=torch.zeros(B, dtype=torch.bool, device=device),
-        group=node,
-        rewards=torch.zeros(B, device=device),
-        texts=[],
-    )
+    model.eval()  # in training mode, gradient checkpointing would silently turn the cache off
+    T = max_new_tokens
+    rollout = empty_rollout(prompts, group_size, T, model.device)
+    uniforms = None if uniforms is None else uniforms.to(model.device)
+    eos = torch.tensor(eos_ids, device=model.device)
+    rows = torch.arange(len(rollout), device=model.device)  # [b] the unfinished rows
+    node = rollout.group  # [b] the node of each of them
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [n] prompt tokens of each node
 
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-
-    def decode(ids, attend, positions):  # new tokens [n, k] -> the last one's hidden state [n, D]
-        output = model.base_model(
-            input_ids=ids, attention_mask=attend, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return output.last_hidden_state[:, -1]
-
-    with autocast(device), torch.inference_mode():  # the tensors above are ordinary ones, and stay so
-        positions = (attend[:, :P].cumsum(1) - 1).clamp(min=0)
-        hidden = decode(torch.tensor(padded, device=device), attend[:, :P], positions)
-        sliding = any(layer.is_sliding for layer in cache.layers)
-        if fixed and model.config._attn_implementation == "sdpa" and not sliding:
-            fast.decode_fixed(
-                model, r, hidden, cache, attend[:, :P], uniforms, eos, partial(draw, temperature=temperature)
-            )
-            return r
+    with autocast(model.device), torch.inference_mode():
+        cache, attention, hidden = prefill(model, prompts, T)
+        P = attention.shape[1] - T
         for t in range(T):
+            # 1) Draw the next token of every unfinished row from the distribution of its node.
             uniform = None if uniforms is None else uniforms[rows, t]
-            token, r.logprobs[rows, t], r.entropy[rows, t] = draw(model, hidden, node, uniform, temperature)
-            r.completion_ids[rows, t] = token
-            r.mask[rows, t] = 1.0
+            token, logprob, entropy = next_token(model, hidden, node, uniform, temperature)
+            rollout.completion_ids[rows, t] = token
+            rollout.logprobs[rows, t] = logprob
+            rollout.entropy[rows, t] = entropy
+            rollout.mask[rows, t] = 1.0  # the EOS is a real token too
+            # 2) Rows that drew an EOS have ended.
             ended = torch.isin(token, eos)
-            r.finished[rows[ended]] = True
-            rows, node, token = rows[~ended], node[~ended], token[~ended]
+            rollout.finished[rows[ended]] = True
+            rows = rows[~ended]
+            node = node[~ended]
+            token = token[~ended]
             if len(rows) == 0 or t == T - 1:
                 break
-            n, V = len(hidden), int(token.max()) + 1
-            edges, edge = (node * V + token).unique(return_inverse=True)  # distinct (node, token), sorted
-            parents, tokens = edges // V, edges % V
-            if len(edges) < drop_below * n or (parents[1:] == parents[:-1]).any():
-                cache.batch_select_indices(parents)
-                attend, lengths, node = attend[parents], lengths[parents], edge
+            # 3) Group the rows by (node, token): each pair is one child node, a line of the next batch. If rows of node
+            #    0 drew 5, 5 and 7, and the row of node 1 drew 5, the children are (0, 5), (0, 7) and (1, 5).
+            base = int(token.max()) + 1
+            pairs, child = (node * base + token).unique(return_inverse=True)  # sorted: children of a node are adjacent
+            parent = pairs // base  # [children]
+            child_token = pairs % base  # [children]
+            node_was_split = (parent[1:] == parent[:-1]).any()
+            if node_was_split or len(pairs) < COMPACT_BELOW * len(hidden):
+                # Each child takes its parent's line of the cache. Nodes without unfinished rows fall out.
+                cache.batch_select_indices(parent)
+                attention = attention[parent]
+                lengths = lengths[parent]
+                node = child
+                new_ids = child_token
             else:
-                tokens = torch.zeros(n, dtype=torch.long, device=device).index_put((parents,), tokens)
-            hidden = decode(tokens[:, None], attend[:, : P + t + 1], (lengths + t)[:, None])
-    return r
+                # No node has two children, so every line stays where it is. A node without rows gets any token.
+                new_ids = torch.zeros_like(lengths).index_put((parent,), child_token)
+            # 4) Run the decoder on the new tokens.
+            hidden = last_hidden(model, cache, new_ids[:, None], attention[:, : P + t + 1], (lengths + t)[:, None])
+    return rollout
 
 
 # --- log-probs and entropy --------------------------------------------------------------------------------------------
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """hidden [N, D], targets [N] -> log-prob of each target, and entropy (None if not wanted): two [N], differentiable.
+
+        log p = z - logsumexp(z)            z: the logits, after scale, soft cap and temperature
+        H     = -sum_v p log p
+        dL/dz = g (onehot - p) - g_H p (log p + H)                  g, g_H: gradients of the log-prob and of the entropy
+
+    Works on chunks of tokens, and computes their logits again in the backward pass. So one chunk of logits, changed in
+    place, is all that ever exists of tokens x vocabulary.
+    """
+
+    @staticmethod
+    def logits(hidden, weight, bias, scale, cap, temperature):  # z [n, V] in float32; slope of the soft cap, if any
+        z = torch.nn.functional.linear(hidden, weight, bias).float()
+        slope = None
+        if scale != 1.0:
+            z.mul_(scale)
+        if cap:
+            z.div_(cap).tanh_()
+            slope = 1 - z * z
+            z.mul_(cap)
+        if temperature != 1.0:
+            z.div_(temperature)
+        return z, slope
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, cap, temperature, with_entropy):
+        ctx.set_materialize_grads(False)  # the gradient of an unused output is None, and costs nothing
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.factors = (scale, cap, temperature)
+        size = max(1, CHUNK_ELEMENTS[device] // len(weight))  # tokens
+        ctx.chunks = [slice(start, start + size) for start in range(0, len(hidden), size)]
+        logprob = torch.empty(len(hidden), device=hidden.device)
+        logsumexp = torch.empty_like(logprob)
+        entropy = torch.empty_like(logprob) if with_entropy else None
+        with torch.autocast(device, enabled=False):
+            weight_lowp = weight.to(ctx.dtype)
+            bias_lowp = None if bias is None else bias.to(ctx.dtype)
+            for chunk in ctx.chunks:
+                z, _ = HeadLogprobs.logits(hidden[chunk].to(ctx.dtype), weight_lowp, bias_lowp, *ctx.factors)
+                logsumexp[chunk] = z.logsumexp(-1)
+                logprob[chunk] = z.gather(1, targets[chunk, None]).squeeze(1) - logsumexp[chunk]
+                if entropy is not None:
+                    log_p = z.sub_(logsumexp[chunk, None])
+                    p = log_p.exp()
+                    log_p.clamp_(min=-1e30)  # so that 0 log 0 is 0
+                    entropy[chunk] = -torch.einsum("nv,nv->n", p, log_p)
+        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp, entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx, g_logprob, g_entropy):
+        hidden, weight, bias, targets, logsumexp, entropy = ctx.saved_tensors
+        scale, _, temperature = ctx.factors
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        g_logprob = torch.zeros_like(logsumexp) if g_logprob is None else g_logprob
+        weight_lowp = weight.to(ctx.dtype)
+        bias_lowp = None if bias is None else bias.to(ctx.dtype)
+        for chunk in ctx.chunks:
+            h = hidden[chunk].to(ctx.dtype)
+            g = g_logprob[chunk, None]
+            z, slope = HeadLogprobs.logits(h, weight_lowp, bias_lowp, *ctx.factors)
+            # z = log p
+            z.sub_(logsumexp[chunk, None])
+            if g_entropy is None:
+                # z = -g p
+                z.exp_().mul_(-g)
+            else:
+                # z = -p (g + g_H (log p + H))
+                p = z.exp()
+                z.clamp_(min=-1e30).add_(entropy[chunk, None])
+                z.mul_(g_entropy[chunk, None]).add_(g).mul_(p).neg_()
+            # z = dL/dz: g comes on top at the target
+            z.scatter_add_(1, targets[chunk, None], g)
+            # z = dL/d(hidden W^T + b): back through temperature, soft cap and scale
+            if scale != temperature:
+                z.mul_(scale / temperature)
+            if slope is not None:
+                z.mul_(slope)
+            z = z.to(ctx.dtype)
+            # d_hidden = dz W
+            d_hidden[chunk] = (z @ weight_lowp).to(d_hidden.dtype)
+            # d_weight += dz^T hidden; addmm_ needs no second buffer, but equal types
+            if ctx.dtype == d_weight.dtype:
+                d_weight.addmm_(z.T, h)
+            else:
+                d_weight += z.T @ h
+            # d_bias += dz, summed over tokens
+            if d_bias is not None:
+                d_bias += z.sum(0)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 def token_logprobs(
@@ -239,97 +344,43 @@ def token_logprobs(
     completion_ids: Tensor,
     mask: Tensor,
     temperature: float = 1.0,
-    chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of every completion token, and entropy of the distribution it came from: two [B, T], 0 where mask is 0.
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of every completion token and, if wanted, the entropy of the distribution it comes from (else None): two
+    [B, T] with gradients, 0 where mask is 0. Training takes the sampler's entropies instead: they cost nothing more.
 
-    Both carry gradients. The decoder runs once on right-padded rows without an attention mask (causal attention makes
-    that exact for real tokens, and keeps the fused kernels); the head runs on the real completion tokens alone.
+    prompt_ids [B, P] and completion_ids [B, T], right-padded; prompt_lengths [B], tokens; mask [B, T]. The decoder runs
+    once on rows of prompt, completion and padding, without an attention mask: causal attention makes that exact for
+    real tokens, and it keeps the fused kernels. The head runs on the real completion tokens alone.
     """
-    T, P = completion_ids.shape[1], prompt_ids.shape[1]
-    length = int((prompt_lengths + mask.sum(1)).max())
-    column = torch.arange(length, device=mask.device)  # [L]
-    offset = column - prompt_lengths[:, None]  # [B, L] place in the completion; negative inside the prompt
-    ids = torch.where(
-        offset < 0, prompt_ids[:, column.clamp(max=P - 1)], completion_ids.gather(1, offset.clamp(0, T - 1))
-    )
+    longest = int((prompt_lengths + mask.sum(1)).max())
+    column = torch.arange(longest, device=mask.device)  # [L]
+    t = column - prompt_lengths[:, None]  # [B, L] place in the completion; negative inside the prompt
+    from_prompt = prompt_ids[:, column.clamp(max=prompt_ids.shape[1] - 1)]
+    from_completion = completion_ids.gather(1, t.clamp(0, completion_ids.shape[1] - 1))
+    ids = torch.where(t < 0, from_prompt, from_completion)  # [B, L]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
 
-    row, t = mask.nonzero(as_tuple=True)  # [N] the real tokens; the one at t is predicted from the place before it
+    row, t = mask.nonzero(as_tuple=True)  # [N] the real completion tokens
+    hidden = hidden[row, prompt_lengths[row] + t - 1]  # [N, D] a token is predicted at the place before it
     head = model.get_output_embeddings()
-    chunk = chunk_tokens or max(1, CHUNK_ELEMENTS[mask.device.type] // head.weight.shape[0])
-    logprobs, entropy = fast.HeadLogprobs.apply(
-        hidden[row, prompt_lengths[row] + t - 1], head.weight, getattr(head, "bias", None), completion_ids[row, t],
-        temperature, *head_factors(model), chunk,
-    )  # fmt: skip
+    bias = getattr(head, "bias", None)
+    logprobs, entropy = HeadLogprobs.apply(
+        hidden, head.weight, bias, completion_ids[row, t], *head_factors(model), temperature, with_entropy
+    )
     zeros = torch.zeros_like(mask)
-    return zeros.index_put((row, t), logprobs), zeros.index_put((row, t), entropy)
+    return zeros.index_put((row, t), logprobs), zeros.index_put((row, t), entropy) if with_entropy else None
 
 
-def microbatches(lengths: Tensor, token_budget: int) -> list[Tensor]:
-    """Row indices [b] of each micro-batch: rows sorted by length, so that little is padding, and as many of them as
-    keep rows x longest within `token_budget` (one row at least). lengths: [B] in tokens, prompt and completion."""
-    batches, order, sizes = [], lengths.argsort(descending=True, stable=True), lengths.tolist()
-    start, rows = 0, order.tolist()
-    while start < len(rows):
-        n = max(1, int(token_budget // sizes[rows[start]]))
-        batches.append(order[start : start + n])
-        start += n
-    return batches
-
-
-def scoring_plan(rollout: Rollout, rows: Tensor, token_budget: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """This process's micro-batches of these rows, as (distinct [u], rows [b], line [b]). Completions of one prompt that
-    are the same, common where the policy is sure, are scored once: rows[i]'s log-probs are those of distinct[line[i]].
-
-    Every process gets as many micro-batches, for FSDP's have to work in step: some end with one that has no rows."""
-    if len(rows) == 0:
-        return []
-    tokens = torch.where(rollout.mask[rows] > 0, rollout.completion_ids[rows], -1)
-    _, kind = torch.cat([rollout.group[rows, None], tokens], 1).unique(dim=0, return_inverse=True)  # [n]
-    first = torch.full((int(kind.max()) + 1,), len(rows), device=rows.device)
-    first = first.scatter_reduce(0, kind, torch.arange(len(rows), device=rows.device), "amin")  # a row of each kind
-    plan, lengths = [], (rollout.prompt_lengths + rollout.lengths())[rows[first]]  # [u]
-    order, world = lengths.argsort(descending=True, stable=True), distributed.world()
-    hands = [order[i::world] for i in range(world)]  # dealt like cards: to each process long ones and short ones
-    batches = [[hand[some] for some in microbatches(lengths[hand], token_budget)] for hand in hands]
-    for kinds in batches[distributed.rank()]:
-        line = torch.full_like(first, -1)
-        line[kinds] = torch.arange(len(kinds), device=rows.device)
-        here = line[kind] >= 0
-        plan.append((rows[first[kinds]], rows[here], line[kind][here]))
-    nothing = (rows[first[order[-1:]]], rows[:0], rows[:0])
-    return plan + [nothing] * (max(map(len, batches)) - len(plan))
-
-
-def score_batch(model, r: Rollout, distinct: Tensor, line: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """token_logprobs of one of the plan's micro-batches. Two [b, T]."""
-    inputs = (x[distinct] for x in (r.prompt_ids, r.prompt_lengths, r.completion_ids, r.mask))
-    with autocast(model.device):
-        logprobs, entropy = distributed.call(model, token_logprobs, *inputs, temperature)
-    return logprobs[line], entropy[line]
-
-
-@torch.no_grad()
-def score(model, rollout: Rollout, temperature: float, token_budget: int) -> tuple[Tensor, Tensor]:
-    """token_logprobs of a whole Rollout, without gradients, in micro-batches, on every process. Two [B, T]."""
-    logprobs, entropy = torch.zeros_like(rollout.mask), torch.zeros_like(rollout.mask)
-    everything = torch.arange(len(rollout), device=rollout.mask.device)
-    for distinct, rows, line in scoring_plan(rollout, everything, token_budget):
-        logprobs[rows], entropy[rows] = score_batch(model, rollout, distinct, line, temperature)
-    distributed.add_up(logprobs, entropy)  # each row stands in one process, and is 0 in the others
-    return logprobs, entropy
-
-
-# --- the update -------------------------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def loss_weights(mask: Tensor, reduction: str) -> Tensor:
-    """What each token's loss is multiplied by, so that a plain sum over the step is the wanted mean. [B, T]
+    """What each token's loss is multiplied by, so that a plain sum over the step is the mean that is wanted. [B, T]
 
-    sequence: the mean over rows of each row's token mean (GRPO). token: the mean over all tokens (DAPO).
-    constant: the sum over tokens, divided by B * T (Dr. GRPO). The counts are those of the whole optimizer step, never
-    of a micro-batch: the gradient does not depend on how the step is cut up.
+    sequence: the mean over rows of each row's mean over tokens (GRPO). token: the mean over all tokens (DAPO).
+    constant: the sum over tokens, divided by B * T (Dr. GRPO). ValueError for anything else. mask [B, T] holds all rows
+    of an optimizer step, so the gradient does not depend on how the step is cut into micro-batches.
     """
     if reduction == "sequence":
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(1, len(mask))
@@ -340,82 +391,10 @@ def loss_weights(mask: Tensor, reduction: str) -> Tensor:
     raise ValueError(f"reduction must be 'sequence', 'token' or 'constant', not {reduction!r}")
 
 
-def clip_fractions(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
+def clip_fractions(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> dict[str, Tensor]:
     """1.0 where the clip cuts the gradient off: the ratio has already moved past the bound in the direction that the
-    advantage asks for. ratio [b, T], advantages [b] or [b, T] -> two [b, T]."""
+    advantage asks for. ratio [b, T] or [b, 1]; advantages [b] or [b, T] -> two [b, T] or [b, 1], by metric name."""
     advantages = advantages if advantages.dim() == 2 else advantages[:, None]
-    cut_low = (ratio < 1 - low) & (advantages < 0)
-    cut_high = (ratio > 1 + high) & (advantages > 0)
+    cut_low = (ratio < 1 - clip_low) & (advantages < 0)
+    cut_high = (ratio > 1 + clip_high) & (advantages > 0)
     return {"clip_ratio/low": cut_low.float(), "clip_ratio/high": cut_high.float()}
-
-
-def update(
-    model,
-    optimizer,
-    scheduler,
-    rollout: Rollout,
-    objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
-    reduction: str,
-    active: Tensor | None,
-    temperature: float,
-    minibatches: int = 1,
-    token_budget: int = 2048,
-    max_grad_norm: float = 1.0,
-) -> dict[str, float]:
-    """Takes `minibatches` optimizer steps on the rollout, each on its own share of the rows. Returns metrics.
-
-    objective(logprobs [b, T], old_logprobs [b, T], rows [b]) returns the loss of each token, [b, T], and any metrics as
-    [b, T] tensors (their mean over all tokens is logged). `rows` index the rollout. old_logprobs are those of the
-    policy that sampled: with one minibatch the log-probs themselves, detached, so the ratio is exactly 1.
-    active: [B] or [B, T], not zero where the objective can have a gradient, such as the advantages; None: everywhere.
-    Rows that are zero throughout are not scored, but do count in the means.
-
-    An update whose loss or gradient is not finite is skipped, counted as "skipped_updates", and left out of the other
-    metrics: the weights are still good. With several processes each calls this with the whole rollout.
-    """
-    sums: dict[str, float] = {}  # over the updates that were made
-    norms, made = [], torch.zeros_like(rollout.rewards, dtype=torch.bool)  # made: [B], the rows of these updates
-    everything = torch.arange(len(rollout), device=rollout.mask.device)
-    shares = [rows for rows in everything.tensor_split(minibatches) if len(rows)]
-    active = torch.ones_like(rollout.rewards) if active is None else active
-    scored = (active if active.dim() == 2 else active[:, None]).ne(0).any(1)
-    plans = [scoring_plan(rollout, share[scored[share]], token_budget) for share in shares]
-    old = torch.zeros_like(rollout.mask)
-    if len(plans) > 1:  # later minibatches meet a policy that has moved, so score all of them now, in the same layout
-        with torch.no_grad():
-            for distinct, rows, line in (batch for plan in plans for batch in plan):
-                old[rows], _ = score_batch(model, rollout, distinct, line, temperature)
-
-    model.train()
-    for share, plan in zip(shares, plans, strict=True):
-        weights = torch.zeros_like(rollout.mask)
-        weights[share] = loss_weights(rollout.mask[share], reduction)
-        here: dict[str, float] = {}
-        for distinct, rows, line in plan:
-            logprobs, _ = score_batch(model, rollout, distinct, line, temperature)
-            if len(plans) == 1:
-                old[rows] = logprobs.detach()
-            per_token, extra = objective(logprobs, old[rows], rows)
-            loss = (per_token * weights[rows]).sum()
-            loss.backward()
-            gap = (old[rows] - rollout.logprobs[rows]).abs()
-            for name, value in {"sampling_logp_difference": gap, **extra}.items():
-                here[name] = here.get(name, 0.0) + float((value.detach() * rollout.mask[rows]).sum())
-            here["loss"] = here.get("loss", 0.0) + float(loss.detach())
-        here = distributed.total(here)
-        distributed.add_up_gradients(model)
-        norm = float(distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
-        if math.isfinite(norm) and math.isfinite(here.get("loss", 0.0)):
-            optimizer.step()
-            scheduler.step()
-            norms.append(norm)
-            made[share] = True
-            for name, value in here.items():
-                sums[name] = sums.get(name, 0.0) + value
-        optimizer.zero_grad(set_to_none=True)  # no need for this memory while sampling
-
-    tokens, of_scored = (max(1.0, float(rollout.mask[rows].sum())) for rows in (made, made & scored))
-    per = {"loss": len(norms), "sampling_logp_difference": of_scored}
-    metrics = {k: v / per.get(k, tokens) for k, v in sums.items()}
-    metrics["skipped_updates"] = len(plans) - len(norms)
-    return {"loss": 0.0, **metrics, "grad_norm": sum(norms) / max(1, len(norms)), "lr": scheduler.get_last_lr()[0]}

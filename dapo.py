@@ -1,27 +1,33 @@
 """DAPO, Decoupled clip and Dynamic sAmpling Policy Optimization (arXiv 2503.14476): the baseline of the GTPO paper.
 
-    python dapo.py                                  the tiny model and task: a few minutes on a laptop, no network
+    python dapo.py                                  the tiny model and task: about a minute on a laptop, no network
     python dapo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python dapo.py --help
 
-GRPO with four changes:
+DAPO is GRPO with five changes:
 
-    J   = 1/sum_i |o_i| sum_i sum_t min(w A_i, clip(w, 1-eps_low, 1+eps_high) A_i)                        (Eq. 8, 12)
+    A_i  = (r_i + p_i - mean(r + p)) / std(r + p)     mean and std over the G completions of the prompt          (Eq. 9)
+    J    = 1/sum_i |o_i| sum_i sum_t min(w_it A_i, clip(w_it, 1-eps_low, 1+eps_high) A_i)                        (Eq. 8)
+    0 < number of right completions < G               or else the prompt is replaced by another one             (Eq. 11)
+    p_i  = 0                                          for |o_i| <= L_max - L_cache                              (Eq. 13)
+         = (L_max - L_cache - |o_i|) / L_cache        up to L_max
+         = -1                                         beyond L_max
 
- - clip-higher: eps_high 0.28 > eps_low 0.2 leaves unlikely tokens more room to grow;
- - token mean: every token of the step counts the same, so long completions count for more than short ones;
- - dynamic sampling: prompts whose completions are all right or all wrong teach nothing and are replaced     (Eq. 11)
- - soft overlong punishment, added to the reward; L_max is max_new_tokens, L_cache the zone before it:       (Eq. 13)
-        0 for |y| <= L_max - L_cache;   (L_max - L_cache - |y|) / L_cache up to L_max;   -1 beyond
-and several updates a rollout (--minibatches), which is where clipping starts to act.
+ - Clip higher: eps_high 0.28 > eps_low 0.2 leaves unlikely tokens more room to grow.
+ - Token mean: every token of the step counts the same, so a long completion counts for more than a short one.
+ - Dynamic sampling (Eq. 11): prompts whose completions are all right or all wrong teach nothing and are replaced.
+ - Soft overlong punishment p (Eq. 13). L_max is max_new_tokens; L_cache is the zone before it.
+ - No KL.
+And it takes several updates per rollout (--minibatches): only then does clipping begin to matter.
 
 Deviations from the paper, and why:
- 1. Dynamic sampling stops after --max-rounds rounds; the step then goes on with the groups it has, and the metrics say
-    how many. Late in training nearly every group is all right, and the paper's loop would hardly end.
- 2. Whether a group is all right is asked of the verifier alone: a difference in length punishment is no information
-    about correctness, so such a group is dropped and would have advantage 0.
- 3. 4 updates a rollout, where the paper has 16: a rollout of the default run is 64 times smaller than the paper's.
- 4. --overlong-filter leaves completions cut off at the limit out of the loss, the alternative to the punishment.
+ 1. Dynamic sampling stops after --max-rounds rounds. Then the step continues with the groups that it has, and the
+    metrics say how many. Late in training nearly every group is all right, and the paper's loop would hardly end.
+ 2. Only the verifier decides whether a group is all right or all wrong. A difference in length punishment says nothing
+    about correctness, so such a group is replaced too, and its advantage would be 0.
+ 3. 4 updates per rollout instead of the paper's 16: a rollout of the default run is 64 times smaller than the paper's.
+ 4. --overlong-filter leaves completions that were cut off at the limit out of the loss. It is the paper's alternative
+    to the punishment.
 """
 
 from dataclasses import dataclass
@@ -31,116 +37,111 @@ import torch
 from torch import Tensor
 
 from common import Rollout, clip_fractions, concatenate
-from options import RunConfig, option, parse
-from run import Run
+from harness.options import RunConfig, option, parse
+from harness.run import Run
 
 
 @dataclass
 class Config(RunConfig):
-    minibatches: int = option(4, "optimizer steps a rollout, each on its share of the rows", at_least=1)
-    max_rounds: int = option(3, "rounds of dynamic sampling a step, at most; 1: no new prompts", at_least=1)
-    overlong_cache: float = option(0.2, "L_cache as a share of max_new_tokens; 0: no punishment", at_least=0)
-    overlong_filter: bool = option(False, "leave completions cut off at the limit out of the loss")
+    minibatches: int = option(4, "optimizer steps per rollout, each on its part of the rows", at_least=1)
+    max_rounds: int = option(3, "rounds of dynamic sampling per step, at most; 1: no new prompts", at_least=1)
+    overlong_cache: float = option(0.2, "L_cache as a share of max_new_tokens; 0: no punishment", at_least=0, at_most=1)
+    overlong_filter: bool = option(False, "leave completions that were cut off at the limit out of the loss")
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + clip_high", above=0)
-    kl_coef: float = option(0.0, "beta, the weight of the KL to the starting model", at_least=0)
     reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
 def overlong_punishment(lengths: Tensor, max_length: int, cache: float) -> Tensor:
-    """Eq. 13, to add to the reward. lengths [B], max_length, cache (0: no soft zone), in tokens -> [B], 0 to -1."""
+    """What is added to the reward (Eq. 13). lengths [B], max_length, cache (0: none), all in tokens -> [B], 0 to -1."""
     return ((max_length - cache - lengths) / max(cache, 1e-9)).clamp(-1, 0)
 
 
 def informative(rewards: Tensor, group: Tensor) -> Tensor:
-    """Which rows belong to a group with different rewards (Eq. 11). rewards [B], group [B] -> bool [B]."""
+    """Which rows are in a group whose rewards differ (Eq. 11). rewards [B], group [B] -> bool [B]."""
     result = torch.zeros_like(group, dtype=torch.bool)
     for g in group.unique():
-        result[group == g] = rewards[group == g].max() > rewards[group == g].min()
+        rows = group == g
+        result[rows] = rewards[rows].max() > rewards[rows].min()
     return result
 
 
 def dynamic_sampling(run: Run, n_prompts: int, max_rounds: int) -> tuple[Rollout, Rollout, int]:
-    """Samples and verifies until n_prompts groups are informative, max_rounds times at most.
+    """Samples and verifies until n_prompts groups are informative, but at most max_rounds times.
 
     Returns the first n_prompts informative groups (fewer if there are no more), all that was sampled, and the rounds.
     """
-    sampled, useful = [], 0
-    while len(sampled) < max_rounds and useful < n_prompts:
-        sampled.append(run.verify(run.sample()))
-        kept = informative(sampled[-1].rewards, sampled[-1].group)
-        useful += len(sampled[-1].group[kept].unique())
-    everything = concatenate(sampled)
-    rollout = everything.select(informative(everything.rewards, everything.group))
-    first = torch.isin(rollout.group, rollout.group.unique()[:n_prompts])
-    return rollout.select(first), everything, len(sampled)
+    all_sampled = run.verify(run.sample())
+    n_rounds = 1
+    while True:
+        useful = all_sampled.select(informative(all_sampled.rewards, all_sampled.group))
+        groups = useful.group.unique()
+        if len(groups) >= n_prompts or n_rounds == max_rounds:
+            return useful.select(torch.isin(useful.group, groups[:n_prompts])), all_sampled, n_rounds
+        all_sampled = concatenate([all_sampled, run.verify(run.sample())])
+        n_rounds += 1
 
 
 def advantages(rewards: Tensor, group: Tensor, punishment: Tensor, eps: float = 1e-6) -> Tensor:
-    """Group-relative advantages of reward + punishment. rewards, group, punishment: [B] -> [B].
+    """Group-relative advantages of reward + punishment (Eq. 9). rewards, group, punishment: [B] -> [B].
 
     A group whose rewards are all equal gets exactly 0, whatever the punishment.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
-        r = rewards[group == g]
+        rows = group == g
+        r = rewards[rows]
         if r.max() > r.min():
-            r = r + punishment[group == g]
-            result[group == g] = (r - r.mean()) / (r.std(correction=0) + eps)
+            r = r + punishment[rows]
+            result[rows] = (r - r.mean()) / (r.std(correction=0) + eps)
     return result
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
-    log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - log_ratio - 1
+def token_advantages(
+    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
+    max_new_tokens: int, overlong_cache: float = 0.2,
+) -> Tensor:  # fmt: skip
+    """The advantage of every token: [B, T], 0 where mask is 0. On the first update it multiplies grad log pi.
+
+    rewards, group: [B]; entropy (nats), mask: [B, T]. All five scripts have this function. DAPO does not use entropy.
+    """
+    punishment = overlong_punishment(mask.sum(1), max_new_tokens, overlong_cache * max_new_tokens)  # [B]
+    return advantages(rewards, group, punishment)[:, None] * mask
 
 
-def loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    kl: Tensor | None = None,
-    kl_coef: float = 0.0,
-) -> Tensor:
-    """The negated objective of every token before the mean is taken: [B, T], 0 where mask is 0.
+def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:
+    """The negated, clipped objective of every token, before the mean is taken: [B, T], 0 where mask is 0.
 
-    logprobs, old_logprobs, mask, kl: [B, T]; advantages: [B] or [B, T]. Gradients flow through logprobs and kl.
+    ratio: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    ratio = (logprobs - old_logprobs).exp()
     objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    if kl is not None:
-        objective = objective - kl_coef * kl
     return -objective * mask
 
 
 def main() -> None:
     cfg = parse(Config, __doc__)
+    clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout, sampled, rounds = dynamic_sampling(run, cfg.n_prompts, cfg.max_rounds)
-            cache = cfg.overlong_cache * cfg.max_new_tokens
-            punishment = overlong_punishment(rollout.lengths(), cfg.max_new_tokens, cache)  # [B]
-            A = advantages(rollout.rewards, rollout.group, punishment)  # [B]
+            rollout, all_sampled, n_rounds = dynamic_sampling(run, cfg.n_prompts, cfg.max_rounds)
+            A = token_advantages(
+                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
+                max_new_tokens=cfg.max_new_tokens, overlong_cache=cfg.overlong_cache,
+            )  # [B, T]  # fmt: skip
             if cfg.overlong_filter:
-                A, rollout = A[rollout.finished], rollout.select(rollout.finished)
-            ref = run.reference_logprobs(rollout) if cfg.kl_coef > 0 else None  # [B, T]
-
-            def objective(logprobs, old_logprobs, rows):  # of one micro-batch: [b, T], [b, T], [b]
-                mask, clip = rollout.mask[rows], (cfg.clip_low, cfg.clip_high)
-                kl = None if ref is None else k3(logprobs, ref[rows])
-                metrics = clip_fractions((logprobs - old_logprobs).exp(), A[rows], *clip)
-                if kl is not None:
-                    metrics["kl"] = kl
-                return loss(logprobs, old_logprobs, A[rows], mask, *clip, kl, cfg.kl_coef), metrics
-
-            metrics = run.update(rollout, objective, cfg.reduction, active=A if ref is None else None)
-            metrics |= {"dynamic_sampling/rounds": rounds, "dynamic_sampling/groups": len(rollout.group.unique())}
-            run.log(sampled, metrics)
+                A = A[rollout.finished]
+                rollout = rollout.select(rollout.finished)
+            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
+                for batch in minibatch:  # b rows, scored by the policy as it is now
+                    ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
+                    per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
+                    metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
+                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    run.record(batch, per_token, **metrics)
+                run.optimizer_step()
+            n_groups = len(rollout.group.unique())
+            run.log(all_sampled, {"dynamic_sampling/rounds": n_rounds, "dynamic_sampling/groups": n_groups})
 
 
 if __name__ == "__main__":

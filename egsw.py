@@ -1,31 +1,40 @@
 """EGSW, Entropy-Guided Sequence Weighting (arXiv 2503.22456v2), on top of GRPO.
 
-    python egsw.py                                  the tiny model and task: a few minutes on a laptop, no network
+    python egsw.py                                  the tiny model and task: about a minute on a laptop, no network
     python egsw.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python egsw.py --help
 
-Completions of one prompt compete for a fixed sum of weight: those with a high advantage, or written where the policy
-was uncertain (high entropy H), get more of the gradient.
+The completions of a prompt compete for weight. A completion gets more weight if its advantage A is high, or if the
+policy was uncertain when it wrote it (high entropy H). The weights multiply GRPO's loss. The paper does not number its
+equations:
 
     raw_it = exp((A_it + alpha H_it) / P)
-    w_it   = raw_it / sum_j raw_jt                              a softmax over the prompt's group, with temperature P
+    w_it   = raw_it / sum_j raw_jt                          a softmax over the prompt's completions j, temperature P
     grad J = 1/G sum_i 1/|o_i| sum_t w_it [A_it + beta (pi_ref/pi - 1)] grad log pi(o_it)
 
-step-wise, the softmax runs at each position t over the rows that still have a token there; trajectory-wise, each row
-has one weight, from the mean entropy of its tokens. The weights are constants: no gradient flows through them.
+Step-wise (the default), there is one softmax at each position t, over the completions that have a token there.
+Trajectory-wise, each completion has one weight, from the mean entropy of its tokens. The weights are constants: no
+gradient flows through them.
 
 Deviations from the paper, and why:
- 1. The weights are multiplied by the number of rows in the softmax, so that they average one: P -> infinity then gives
-    GRPO back exactly, and a learning rate carries over. --no-mean-one gives the paper's, which sum to one.
- 2. The gradient above is that of a first update. Several updates a rollout (--minibatches) are clipped as in GRPO: w
-    multiplies the whole clipped per-token objective, the KL term included.
- 3. alpha and P are this project's choice: the paper finds them sensitive, and its values could not be checked. Nor
-    could its treatment of the KL term; beta is 0 unless --kl-coef is given.
- 4. The mean is over all tokens of the step. The paper's, over each completion and then over completions, is --reduction
-    sequence. Advantages sum to zero over a group, weighted advantages to more; and a credit of c on each token, divided
-    by |o_i|, is in expectation the gradient of a reward of c/|o_i|: it pays for being short. On tasks where guessing is
-    possible that ended in guesses (experiments/RESULTS.md).
- 5. The weights take any advantage: --advantage grpo, dr_grpo or rloo, as in grpo.py.
+ 1. The weights are multiplied by the number of completions in the softmax, so their mean is one. Then a large P gives
+    exactly GRPO, and GRPO's learning rate fits. --no-mean-one gives the paper's weights, whose sum is one.
+ 2. The gradient above is that of a first update. With several updates per rollout (--minibatches), the ratio is clipped
+    as in GRPO, and w multiplies the whole clipped objective of a token, with its KL term.
+ 3. alpha and P are this project's choice. The paper calls them sensitive, but its values could not be checked. Nor
+    could its treatment of the KL; beta is 0 unless --kl-coef is given.
+ 4. The mean is over all tokens of the step. The paper takes the mean of each completion first (--reduction sequence),
+    and that pays for being short. Advantages sum to zero over a group, but weighted advantages do not, because the
+    right completions have the larger weights. The surplus is like a bonus for every completion; divided by |o_i|, it is
+    larger for short ones. An example with P = 2 and alpha = 0:
+
+        completion           A      w      w A  =  A + bonus    bonus / |o_i|
+        right, 40 tokens    +1   1.46    +1.46  = +1 +  0.46    0.012
+        wrong, 10 tokens    -1   0.54    -0.54  = -1 +  0.46    0.046
+
+    On tasks where the model can guess, training with --reduction sequence ended in short guesses
+    (experiments/RESULTS.md, section 3).
+ 5. The weights work with any advantage: --advantage grpo, dr_grpo or rloo, as in grpo.py.
 """
 
 from dataclasses import dataclass
@@ -35,8 +44,8 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from options import RunConfig, option, parse
-from run import Run
+from harness.options import RunConfig, option, parse
+from harness.run import Run
 
 
 @dataclass
@@ -44,8 +53,8 @@ class Config(RunConfig):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = option("grpo", "baseline and scale of the advantage")
     alpha: float = option(0.5, "weight of the entropy against the advantage", at_least=0)
     weight_temperature: float = option(2.0, "P, temperature of the softmax; large: all weights equal", above=0)
-    step_wise: bool = option(True, "a softmax at each position; otherwise one weight a completion")
-    mean_one: bool = option(True, "weights average one; otherwise they sum to one, as in the paper")
+    step_wise: bool = option(True, "one softmax per position; otherwise one weight per completion")
+    mean_one: bool = option(True, "the mean of the weights is one; otherwise their sum is one, as in the paper")
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
     clip_high: float = option(0.2, "the ratio is clipped at 1 + clip_high", above=0)
     kl_coef: float = option(0.0, "beta, the weight of the KL to the starting model", at_least=0)
@@ -60,93 +69,102 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
-        r = rewards[group == g]
+        rows = group == g
+        r = rewards[rows]
         if r.max() > r.min():
             centred = r - r.mean()
-            scale = {"grpo": 1 / (r.std(correction=0) + eps), "dr_grpo": 1.0, "rloo": len(r) / (len(r) - 1)}[kind]
-            result[group == g] = centred * scale
+            if kind == "grpo":
+                result[rows] = centred * (1 / (r.std(correction=0) + eps))
+            elif kind == "dr_grpo":
+                result[rows] = centred
+            elif kind == "rloo":
+                result[rows] = centred * (len(r) / (len(r) - 1))
+            else:
+                raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
     return result
 
 
 def weights(
-    advantages: Tensor,
-    entropy: Tensor,
-    mask: Tensor,
-    group: Tensor,
-    alpha: float = 0.5,
-    temperature: float = 2.0,
-    step_wise: bool = True,
-    mean_one: bool = True,
-) -> Tensor:
-    """EGSW's weights, [B, T], 0 where mask is 0; multiply each token's loss by them, without a gradient through them.
+    advantages: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
+    alpha: float = 0.5, temperature: float = 2.0, step_wise: bool = True, mean_one: bool = True,
+) -> Tensor:  # fmt: skip
+    """EGSW's weights: [B, T], 0 where mask is 0. Multiply the loss of each token by them; they carry no gradient.
 
-    advantages: [B] or [B, T]; entropy: [B, T], nats; mask: [B, T]; group: [B]. ValueError unless temperature > 0.
+    advantages: [B] or [B, T]; entropy (nats), mask: [B, T]; group: [B]. ValueError unless temperature is above 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    value, counts = (A + alpha * entropy).detach().float(), mask > 0  # [B, T], and which of them the softmax sees
-    if not step_wise:
-        value = ((value * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)
-        counts = torch.ones_like(counts)
-    result = torch.zeros_like(value)
+    logit = (A + alpha * entropy).detach().float()  # [B, T]
+    if not step_wise:  # a row has one logit: the mean over its tokens
+        logit = (logit * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    competing = mask > 0 if step_wise else torch.ones_like(mask, dtype=torch.bool)  # [B, T] who is in each softmax
+    result = torch.zeros_like(mask, dtype=torch.float32)
     for g in group.unique():
         rows = group == g
-        v = value[rows].masked_fill(~counts[rows], -torch.inf)  # [G, T]
-        w = ((v - v.amax(0)) / temperature).softmax(0)  # the maximum goes first: no temperature is too small
-        result[rows] = w * counts[rows].sum(0) if mean_one else w
-    return torch.where(mask > 0, result, 0.0)
+        x = torch.where(competing[rows], logit[rows], -torch.inf)  # [G, T]
+        w = ((x - x.amax(0)) / temperature).softmax(0)  # the maximum goes first, so a tiny temperature does no harm
+        result[rows] = w * competing[rows].sum(0) if mean_one else w
+    return torch.where(mask > 0, result, 0.0)  # and 0 for the NaN of positions without a token
+
+
+def token_advantages(
+    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor, advantage: str = "grpo",
+    alpha: float = 0.5, weight_temperature: float = 2.0, step_wise: bool = True, mean_one: bool = True,
+) -> Tensor:  # fmt: skip
+    """The weighted advantage of every token: [B, T], 0 where mask is 0. On the first update it multiplies grad log pi.
+
+    rewards, group: [B]; entropy (nats), mask: [B, T]. For trainers that take one advantage per token. It gives the same
+    gradient as main(), but without a KL, because the weights multiply the KL term as well.
+    """
+    A = advantages(rewards, group, advantage)  # [B]
+    return A[:, None] * weights(A, entropy, mask, group, alpha, weight_temperature, step_wise, mean_one)
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
+    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative (Eq. 4). Two [B, T] -> [B, T]."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
 
 
-def loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl: Tensor | None = None,
-    kl_coef: float = 0.0,
-) -> Tensor:
-    """The negated objective of every token before the mean is taken: [B, T], 0 where mask is 0.
+def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
+    """The negated, clipped objective of every token, before the mean is taken: [B, T], 0 where mask is 0.
 
-    logprobs, old_logprobs, mask, kl: [B, T]; advantages: [B] or [B, T]. Gradients flow through logprobs and kl.
+    ratio: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    ratio = (logprobs - old_logprobs).exp()
     objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    if kl is not None:
-        objective = objective - kl_coef * kl
     return -objective * mask
 
 
 def main() -> None:
     cfg = parse(Config, __doc__)
+    clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
+    with_kl = cfg.kl_coef > 0
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout = run.sample()
-            run.verify(rollout)
+            rollout = run.verify(run.sample())
             A = advantages(rollout.rewards, rollout.group, cfg.advantage)  # [B]
-            shape = cfg.alpha, cfg.weight_temperature, cfg.step_wise, cfg.mean_one
-            W = weights(A, rollout.entropy, rollout.mask, rollout.group, *shape)  # [B, T]
-            ref = run.reference_logprobs(rollout) if cfg.kl_coef > 0 else None  # [B, T]
-
-            def objective(logprobs, old_logprobs, rows):  # of one micro-batch: [b, T], [b, T], [b]
-                mask, clip = rollout.mask[rows], (cfg.clip_low, cfg.clip_high)
-                kl = None if ref is None else k3(logprobs, ref[rows])
-                metrics = clip_fractions((logprobs - old_logprobs).exp(), A[rows], *clip)
-                if kl is not None:
-                    metrics["kl"] = kl
-                return W[rows] * loss(logprobs, old_logprobs, A[rows], mask, *clip, kl, cfg.kl_coef), metrics
-
-            metrics = run.update(rollout, objective, cfg.reduction, active=A if ref is None else None)
-            run.log(rollout, metrics)
+            W = weights(
+                A, rollout.entropy, rollout.mask, rollout.group,
+                alpha=cfg.alpha, temperature=cfg.weight_temperature, step_wise=cfg.step_wise, mean_one=cfg.mean_one,
+            )  # [B, T]  # fmt: skip
+            ref_logprobs = run.reference_logprobs(rollout) if with_kl else None  # [B, T]
+            active = None if with_kl else A  # without a KL, rows with advantage 0 have no gradient: they are not scored
+            for minibatch in run.minibatches(rollout, cfg.reduction, active):  # an optimizer step on each
+                for batch in minibatch:  # b rows, scored by the policy as it is now
+                    ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
+                    per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
+                    metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
+                    if ref_logprobs is not None:
+                        kl = k3(batch.logprobs, ref_logprobs[batch.rows])  # [b, T]
+                        per_token = per_token + cfg.kl_coef * kl * batch.mask
+                        metrics["kl"] = kl
+                    per_token = W[batch.rows] * per_token  # the KL term too
+                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    run.record(batch, per_token, **metrics)
+                run.optimizer_step()
+            run.log(rollout)
 
 
 if __name__ == "__main__":

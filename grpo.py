@@ -1,22 +1,23 @@
 """GRPO, Group Relative Policy Optimization (Shao et al., DeepSeekMath, arXiv 2402.03300).
 
-    python grpo.py                                  the tiny model and task: a few minutes on a laptop, no network
+    python grpo.py                                  the tiny model and task: about a minute on a laptop, no network
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python grpo.py --help
 
-For each prompt, G completions o_i are sampled from the current policy and verified: r_i is 1 or 0.
+The policy samples G completions o_1 ... o_G of each prompt. A verifier gives each a reward r_i: 1 if right, 0 if wrong.
 
-    A_i = (r_i - mean(r)) / (std(r) + eps)                      mean and std over the G completions of the prompt
-    J   = 1/G sum_i 1/|o_i| sum_t [ min(w A_i, clip(w, 1-eps_low, 1+eps_high) A_i) - beta k3 ]             (Eq. 3)
-    w   = pi(o_it) / pi_old(o_it),   k3 = ref/pi - log(ref/pi) - 1  with ref/pi = pi_ref(o_it) / pi(o_it)   (Eq. 4)
+    A_i  = (r_i - mean(r)) / (std(r) + eps)           mean and std over the G completions of the prompt
+    w_it = pi(o_it) / pi_old(o_it)                    ratio of a token: the policy now over the policy that sampled
+    k_it = pi_ref/pi - log(pi_ref/pi) - 1             estimate of the KL to the starting model pi_ref, at o_it  (Eq. 4)
+    J    = 1/G sum_i 1/|o_i| sum_t [ min(w_it A_i, clip(w_it, 1-eps_low, 1+eps_high) A_i) - beta k_it ]         (Eq. 3)
 
 Deviations from the paper, and why:
- 1. beta is 0 unless --kl-coef is given: with a verifier as the reward there is no reward model to over-optimise, and
-    the reference model costs memory and time. It is loaded only when beta > 0.
- 2. std is the population's (divided by G), as in GTPO's analysis; TRL and verl divide by G - 1, which scales all
-    advantages alike.
- 3. --advantage dr_grpo leaves out the division by std (Dr. GRPO, arXiv 2503.20783; give --reduction constant with it,
-    which replaces 1/|o_i|); rloo compares with the mean of the *other* completions (RLOO, arXiv 2402.14740).
+ 1. beta is 0 unless --kl-coef is given. The reward comes from a verifier, so there is no reward model to exploit, and
+    the reference model costs memory and time. It is loaded only if beta is above 0.
+ 2. std is that of the population (it divides by G), as in GTPO's analysis. TRL and verl divide by G - 1, which scales
+    all advantages by the same factor.
+ 3. --advantage dr_grpo does not divide by std (Dr. GRPO, arXiv 2503.20783; use it with --reduction constant, which
+    replaces 1/|o_i|). --advantage rloo compares with the mean of the *other* completions (RLOO, arXiv 2402.14740).
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from options import RunConfig, option, parse
-from run import Run
+from harness.options import RunConfig, option, parse
+from harness.run import Run
 
 
 @dataclass
@@ -47,61 +48,74 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
-        r = rewards[group == g]
+        rows = group == g
+        r = rewards[rows]
         if r.max() > r.min():
             centred = r - r.mean()
-            scale = {"grpo": 1 / (r.std(correction=0) + eps), "dr_grpo": 1.0, "rloo": len(r) / (len(r) - 1)}[kind]
-            result[group == g] = centred * scale
+            if kind == "grpo":
+                result[rows] = centred * (1 / (r.std(correction=0) + eps))
+            elif kind == "dr_grpo":
+                result[rows] = centred
+            elif kind == "rloo":
+                result[rows] = centred * (len(r) / (len(r) - 1))
+            else:
+                raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
     return result
 
 
+def token_advantages(
+    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
+    advantage: str = "grpo",
+) -> Tensor:  # fmt: skip
+    """The advantage of every token: [B, T], 0 where mask is 0. On the first update it multiplies grad log pi.
+
+    rewards, group: [B]; entropy (nats), mask: [B, T]. All five scripts have this function. GRPO does not use entropy.
+    """
+    return advantages(rewards, group, advantage)[:, None] * mask
+
+
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
+    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative (Eq. 4). Two [B, T] -> [B, T]."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
 
 
-def loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl: Tensor | None = None,
-    kl_coef: float = 0.0,
-) -> Tensor:
-    """The negated objective of every token before the mean is taken: [B, T], 0 where mask is 0.
+def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
+    """The negated, clipped objective of every token, before the mean is taken: [B, T], 0 where mask is 0.
 
-    logprobs, old_logprobs, mask, kl: [B, T]; advantages: [B] or [B, T]. Gradients flow through logprobs and kl.
+    ratio: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    ratio = (logprobs - old_logprobs).exp()
     objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    if kl is not None:
-        objective = objective - kl_coef * kl
     return -objective * mask
 
 
 def main() -> None:
     cfg = parse(Config, __doc__)
+    clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
+    with_kl = cfg.kl_coef > 0
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout = run.sample()
-            run.verify(rollout)
-            A = advantages(rollout.rewards, rollout.group, cfg.advantage)  # [B]
-            ref = run.reference_logprobs(rollout) if cfg.kl_coef > 0 else None  # [B, T]
-
-            def objective(logprobs, old_logprobs, rows):  # of one micro-batch: [b, T], [b, T], [b]
-                mask, clip = rollout.mask[rows], (cfg.clip_low, cfg.clip_high)
-                kl = None if ref is None else k3(logprobs, ref[rows])
-                metrics = clip_fractions((logprobs - old_logprobs).exp(), A[rows], *clip)
-                if kl is not None:
-                    metrics["kl"] = kl
-                return loss(logprobs, old_logprobs, A[rows], mask, *clip, kl, cfg.kl_coef), metrics
-
-            metrics = run.update(rollout, objective, cfg.reduction, active=A if ref is None else None)
-            run.log(rollout, metrics)
+            rollout = run.verify(run.sample())
+            A = token_advantages(
+                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
+                advantage=cfg.advantage,
+            )  # [B, T]  # fmt: skip
+            ref_logprobs = run.reference_logprobs(rollout) if with_kl else None  # [B, T]
+            active = None if with_kl else A  # without a KL, rows with advantage 0 have no gradient: they are not scored
+            for minibatch in run.minibatches(rollout, cfg.reduction, active):  # an optimizer step on each
+                for batch in minibatch:  # b rows, scored by the policy as it is now
+                    ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
+                    per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
+                    metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
+                    if ref_logprobs is not None:
+                        kl = k3(batch.logprobs, ref_logprobs[batch.rows])  # [b, T]
+                        per_token = per_token + cfg.kl_coef * kl * batch.mask
+                        metrics["kl"] = kl
+                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    run.record(batch, per_token, **metrics)
+                run.optimizer_step()
+            run.log(rollout)
 
 
 if __name__ == "__main__":

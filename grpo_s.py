@@ -1,24 +1,25 @@
 """GRPO-S, sequence-level entropy-weighted GRPO (arXiv 2508.04349, the GTPO paper; equation numbers of v5).
 
-    python grpo_s.py                                the tiny model and task: a few minutes on a laptop, no network
+    python grpo_s.py                                the tiny model and task: about a minute on a laptop, no network
     python grpo_s.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python grpo_s.py --help
 
-GTPO's idea on the level of completions: each has one reward, shaped by its mean entropy H_i, and one probability ratio.
-O+ and O- are the n right and m wrong completions of a prompt.
+The idea of GTPO on the level of completions: each has one reward, shaped by its mean entropy H_i, and one probability
+ratio. O+ are the n right and O- the m wrong completions of a prompt.
 
-    r_i   =  beta1 r_i + beta2 n H_i / sum_{k in O+} H_k                     in O+                               (6)
-    r_j   = -beta1     - beta2 m (1/H_j) / sum_{k in O-} (1/H_k)             in O-
-    A_i   = (r_i - mean(r)) / std(r)                                         over the G completions of the prompt
-    J     = 1/G sum_i min(w_i A_i, clip(w_i, 1-eps_low, 1+eps_high) A_i)                                         (7)
-    w_i   = the mean over t of pi(o_it) / pi_old(o_it), arithmetic (8) or geometric (Algorithm 1)
+    s_i  =  beta1 r_i + beta2 n H_i / sum_{k in O+} H_k                     in O+: the shaped reward                 (6)
+    s_j  = -beta1     - beta2 m (1/H_j) / sum_{k in O-} (1/H_k)             in O-                                    (6)
+    A_i  = (s_i - mean(s)) / std(s)                                         over the G completions of the prompt
+    J    = 1/G sum_i min(w_i A_i, clip(w_i, 1-eps_low, 1+eps_high) A_i)                                              (7)
+    w_i  = 1/|o_i| sum_t pi(o_it) / pi_old(o_it)                            the arithmetic mean of the ratios        (8)
+    w_i  = exp(1/|o_i| sum_t (log pi(o_it) - log pi_old(o_it)))             the geometric mean             (Algorithm 1)
 
 Deviations from the paper, and readings where it is open:
- 1. The ratio is geometric, exp(mean_t(log pi - log pi_old)), as in Algorithm 1; --ratio arithmetic is Eq. 8.
- 2. Groups that are all right or all wrong have advantage 0: their shaped rewards differ by entropy alone, and dividing
-    such small differences by their own std would turn noise into a full-strength gradient.
- 3. H_i has a floor (--entropy-min), for it is divided by. --mean geometric is the robust form of section 2.4.1; there
-    each token's entropy has the floor, for its logarithm is taken.
+ 1. The ratio is geometric, as in Algorithm 1. --ratio arithmetic is Eq. 8.
+ 2. Groups that are all right or all wrong have advantage 0. Their shaped rewards differ only by entropy, and to divide
+    such small differences by their own std would turn noise into a gradient of full strength.
+ 3. H_i has a floor (--entropy-min), because it is divided by. --mean geometric is the robust form of section 2.4.1;
+    with it each token's entropy has the floor, because its logarithm is taken.
 """
 
 from dataclasses import dataclass
@@ -28,43 +29,42 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from options import RunConfig, option, parse
-from run import Run
+from harness.options import RunConfig, option, parse
+from harness.run import Run
 
 
 @dataclass
 class Config(RunConfig):
     beta1: float = option(1.0, "weight of the verifier's reward", at_least=0)
-    beta2: float = option(0.1, "weight of the entropy's share", at_least=0)
+    beta2: float = option(0.1, "weight of the entropy term", at_least=0)
     mean: Literal["arithmetic", "geometric"] = option("arithmetic", "mean of a completion's token entropies")
     entropy_min: float = option(1e-3, "floor of that mean, nats; if geometric, of each token's entropy", above=0)
     ratio: Literal["geometric", "arithmetic"] = option("geometric", "mean of a completion's token ratios")
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + clip_high", above=0)
-    kl_coef: float = option(0.0, "beta, the weight of the KL to the starting model", at_least=0)
     reduction: Literal["sequence", "token", "constant"] = option("sequence", "how the loss is averaged")
 
 
 def shaped_rewards(
-    rewards: Tensor,
-    entropy: Tensor,
-    mask: Tensor,
-    group: Tensor,
-    beta1: float = 1.0,
-    beta2: float = 0.1,
-    mean: str = "arithmetic",
-    entropy_min: float = 1e-3,
-) -> Tensor:
-    """Eq. 6: the shaped reward of every completion. rewards, group: [B]; entropy (nats), mask: [B, T] -> [B]."""
-    right, result = rewards > 0.5, torch.zeros_like(rewards)
+    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
+    beta1: float = 1.0, beta2: float = 0.1, mean: str = "arithmetic", entropy_min: float = 1e-3,
+) -> Tensor:  # fmt: skip
+    """The shaped reward of every completion (Eq. 6). rewards, group: [B]; entropy (nats), mask: [B, T] -> [B].
+
+    A completion without a token has no entropy: it gets beta1 or -beta1 alone, and is in no mean.
+    """
+    n_tokens = mask.sum(1)
     if mean == "geometric":
-        H = ((entropy.clamp(min=entropy_min).log() * mask).sum(1) / mask.sum(1)).exp()  # [B]
+        H = ((entropy.clamp(min=entropy_min).log() * mask).sum(1) / n_tokens.clamp(min=1)).exp()  # [B]
     else:
-        H = ((entropy * mask).sum(1) / mask.sum(1)).clamp(min=entropy_min)
+        H = ((entropy * mask).sum(1) / n_tokens.clamp(min=1)).clamp(min=entropy_min)
+    result = torch.where(rewards > 0.5, beta1 * rewards, -beta1)
     for g in group.unique():
-        ok, bad = (group == g) & right, (group == g) & ~right
-        result[ok] = beta1 * rewards[ok] + beta2 * H[ok] / H[ok].mean()
-        result[bad] = -beta1 - beta2 * (1 / H[bad]) / (1 / H[bad]).mean()
+        rows = (group == g) & (n_tokens > 0)
+        plus = rows & (rewards > 0.5)
+        result[plus] += beta2 * H[plus] / H[plus].mean()  # (6); without such a row the mean is NaN, but no row gets it
+        minus = rows & (rewards <= 0.5)
+        result[minus] -= beta2 * (1 / H[minus]) / (1 / H[minus]).mean()  # (6)
     return result
 
 
@@ -75,70 +75,65 @@ def advantages(shaped: Tensor, rewards: Tensor, group: Tensor, eps: float = 1e-6
     """
     result = torch.zeros_like(shaped)
     for g in group.unique():
-        r = shaped[group == g]
-        if 0 < (rewards[group == g] > 0.5).sum() < len(r):
-            result[group == g] = (r - r.mean()) / (r.std(correction=0) + eps)
+        rows = group == g
+        s = shaped[rows]
+        if 0 < (rewards[rows] > 0.5).sum() < len(s):
+            result[rows] = (s - s.mean()) / (s.std(correction=0) + eps)
     return result
 
 
-def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, mean: str = "geometric") -> Tensor:
-    """One probability ratio a completion: the mean of its tokens' ratios (Eq. 8, or geometric). Three [B, T] -> [B]."""
-    log_ratio, n = (logprobs - old_logprobs) * mask, mask.sum(1).clamp(min=1)
-    return (log_ratio.sum(1) / n).exp() if mean == "geometric" else (log_ratio.exp() * mask).sum(1) / n
+def token_advantages(
+    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
+    beta1: float = 1.0, beta2: float = 0.1, mean: str = "arithmetic", entropy_min: float = 1e-3,
+) -> Tensor:  # fmt: skip
+    """The advantage of every token, the same in a completion: [B, T], 0 where mask is 0. On the first update it
+    multiplies grad log pi.
 
-
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
-    log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - log_ratio - 1
-
-
-def loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    ratio: str = "geometric",
-    kl: Tensor | None = None,
-    kl_coef: float = 0.0,
-) -> Tensor:
-    """The negated objective (7), the same at every token of a completion: [B, T], 0 where mask is 0.
-
-    logprobs, old_logprobs, mask, kl: [B, T]; advantages: [B]. Gradients flow through logprobs and kl.
+    rewards, group: [B]; entropy (nats), mask: [B, T]. For trainers that take one advantage per token.
     """
-    A = advantages[:, None]
-    w = sequence_ratio(logprobs, old_logprobs, mask, ratio)[:, None]  # [B, 1]
-    objective = torch.min(w * A, w.clamp(1 - clip_low, 1 + clip_high) * A)
-    if kl is not None:
-        objective = objective - kl_coef * kl
+    shaped = shaped_rewards(rewards, entropy, mask, group, beta1, beta2, mean, entropy_min)  # [B]
+    return advantages(shaped, rewards, group)[:, None] * mask
+
+
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, mean: str = "geometric") -> Tensor:
+    """One probability ratio per completion, the mean of its tokens' ratios (Eq. 8 or Algorithm 1). [B, T] -> [B]."""
+    log_ratio = (logprobs - old_logprobs) * mask
+    n_tokens = mask.sum(1).clamp(min=1)
+    if mean == "geometric":
+        return (log_ratio.sum(1) / n_tokens).exp()
+    return (log_ratio.exp() * mask).sum(1) / n_tokens
+
+
+def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:
+    """The negated, clipped objective (7), the same at every token of a completion: [B, T], 0 where mask is 0.
+
+    ratio: [B, 1]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
+    """
+    A = advantages if advantages.dim() == 2 else advantages[:, None]
+    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
     return -objective * mask
 
 
 def main() -> None:
     cfg = parse(Config, __doc__)
+    clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout = run.sample()
-            run.verify(rollout)
-            rewards, mask, group = rollout.rewards, rollout.mask, rollout.group
-            shaping = cfg.beta1, cfg.beta2, cfg.mean, cfg.entropy_min
-            shaped = shaped_rewards(rewards, rollout.entropy, mask, group, *shaping)  # [B]
-            A = advantages(shaped, rewards, group)  # [B]
-            ref = run.reference_logprobs(rollout) if cfg.kl_coef > 0 else None  # [B, T]
-
-            def objective(logprobs, old_logprobs, rows):  # of one micro-batch: [b, T], [b, T], [b]
-                mask, clip = rollout.mask[rows], (cfg.clip_low, cfg.clip_high)
-                kl = None if ref is None else k3(logprobs, ref[rows])
-                w = sequence_ratio(logprobs, old_logprobs, mask, cfg.ratio)[:, None]
-                metrics = clip_fractions(w, A[rows], *clip)
-                if kl is not None:
-                    metrics["kl"] = kl
-                return loss(logprobs, old_logprobs, A[rows], mask, *clip, cfg.ratio, kl, cfg.kl_coef), metrics
-
-            metrics = run.update(rollout, objective, cfg.reduction, active=A if ref is None else None)
-            run.log(rollout, metrics)
+            rollout = run.verify(run.sample())
+            shaped = shaped_rewards(
+                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
+                beta1=cfg.beta1, beta2=cfg.beta2, mean=cfg.mean, entropy_min=cfg.entropy_min,
+            )  # [B]  # fmt: skip
+            A = advantages(shaped, rollout.rewards, rollout.group)  # [B]
+            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
+                for batch in minibatch:  # b rows, scored by the policy as it is now
+                    ratio = sequence_ratio(batch.logprobs, batch.old_logprobs, batch.mask, cfg.ratio)[:, None]  # [b, 1]
+                    per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
+                    metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, 1]
+                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    run.record(batch, per_token, **metrics)
+                run.optimizer_step()
+            run.log(rollout)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,38 @@
 """GTPO, Group Token Policy Optimization (arXiv 2508.04349; equation numbers of v5). Not the GTPO of arXiv 2508.03772.
 
-    python gtpo.py                                  the tiny model and task: a few minutes on a laptop, no network
+    python gtpo.py                                  the tiny model and task: about a minute on a laptop, no network
     python gtpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python gtpo.py --help
 
-Each token gets a reward of its own, shaped by the policy's entropy H there: uncertain tokens of right answers (O+) earn
-more, confident tokens of wrong answers (O-) are punished harder. d_t, h_t: rows of O+, O- with a token at t.
+Each token gets a reward of its own, shaped by the policy's entropy H at that token. Uncertain tokens of right
+completions (O+) earn more; confident tokens of wrong completions (O-) lose more. d_t and h_t are the numbers of
+completions in O+ and in O- that have a token at position t.
 
-    r+_it =  alpha1 r_i + alpha2 d_t H_it / sum_{k in O+} H_kt               in O+, 0 in O-                      (2)
-    r-_jt = -alpha1     - alpha2 h_t (1/H_jt) / sum_{k in O-} (1/H_kt)       in O-, 0 in O+                      (3)
-    A+    = (r+ - mean(R+)) / std(R+),   A- = (r- - mean(R-)) / std(R-)                                          (4)
-    J     = 1/sum_k |o_k| [ sum over tokens of O+ of min(w A+, clip(w) A+), and of O- with A- ]                  (5)
+    r+_it =  alpha1 r_i + alpha2 d_t H_it / sum_{k in O+} H_kt              in O+, and 0 in O-                       (2)
+    r-_jt = -alpha1     - alpha2 h_t (1/H_jt) / sum_{k in O-} (1/H_kt)      in O-, and 0 in O+                       (3)
+    A+_it = (r+_it - mean(R+)) / std(R+)                                    in O+                                    (4)
+    A-_jt = (r-_jt - mean(R-)) / std(R-)                                    in O-                                    (4)
+    J     = 1/sum_k |o_k| sum over tokens of min(w A, clip(w, 1-eps_low, 1+eps_high) A)     A: A+ in O+, A- in O-    (5)
 
-The share times its count is an entropy over the mean entropy of a comparison set, which --compare names: the tokens at
-the same position (column, Eq. 2 and 3), of the same completion (row), or all of the outcome (matrix).
+d_t H_it / sum_k H_kt is H_it divided by the mean of H over a set of tokens, here those of the same position and outcome
+(--compare column). --compare row takes the tokens of the same completion instead, and matrix all tokens of the outcome.
 
 Deviations from the paper, and readings where it is open:
- 1. R+ holds the shaped reward of every token, with the zeros of O-, and R- likewise (--normalize all). Then alpha2 = 0
-    is GRPO on the token level, which the paper's own analysis assumes. --normalize own takes R+ over O+ alone, as some
-    read Eq. 4: half of the tokens of right answers are then pushed down, and alpha2 = 0 leaves no signal at all.
- 2. Groups that are all right or all wrong are left out of every set and have advantage 0, as DAPO's dynamic sampling
-    would have left them out of the batch.
- 3. The paper clips "entropy at 0.2 and 0.28", the numbers of DAPO's ratio clip: here they clip the ratio. H has a floor
-    (--entropy-min) before it is divided by, and a ceiling if --entropy-max is given.
- 4. All sets stay inside the prompt's own group, so that an easy prompt is no baseline for a hard one. The paper's runs
-    compared over the whole batch: --scope batch, which learned less on hard ones (experiments/RESULTS.md).
+ 1. R+ holds the shaped rewards r+ of all tokens, so it includes the zeros of O-, and R- likewise (--normalize all). The
+    other reading takes only the tokens of O+ (--normalize own). But all right tokens have nearly the same reward, so to
+    subtract their own mean removes the difference between right and wrong, and only the entropy term is left. Then half
+    of the tokens of right completions are pushed down. An example with alpha2 = 0:
+
+        token                 r+    r-    advantage with all    with own
+        of a right one         1     0    +1                    0
+        of a wrong one         0    -1    -1                    0
+
+ 2. Groups that are all right or all wrong are in no set, and their advantage is 0. DAPO's dynamic sampling, which the
+    paper uses, removes such groups from the batch.
+ 3. The paper clips "entropy at 0.2 and 0.28". These are the numbers of DAPO's ratio clip, and here they clip the ratio.
+    H has a floor (--entropy-min), because it is divided by, and a ceiling if --entropy-max is given.
+ 4. All sets stay inside the prompt's own group, so an easy prompt is not compared with a hard one. The paper's runs
+    compared over the whole batch (--scope batch), which learned less on hard prompts (experiments/RESULTS.md).
  5. --mean geometric is the robust form of section 2.4.1; --overlong-gamma adds the length punishment of appendix C.
 """
 
@@ -35,170 +43,154 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from options import RunConfig, option, parse
-from run import Run
+from harness.options import RunConfig, option, parse
+from harness.run import Run
 
 
 @dataclass
 class Config(RunConfig):
     alpha1: float = option(1.0, "weight of the verifier's reward", at_least=0)
-    alpha2: float = option(0.1, "weight of the entropy's share", at_least=0)
+    alpha2: float = option(0.1, "weight of the entropy term", at_least=0)
     compare: Literal["column", "row", "matrix"] = option("column", "the tokens that an entropy is compared with")
-    mean: Literal["arithmetic", "geometric"] = option("arithmetic", "their mean")
+    mean: Literal["arithmetic", "geometric"] = option("arithmetic", "the mean of their entropies")
     scope: Literal["group", "batch"] = option("group", "all sets span the prompt's own group, or the batch")
-    normalize: Literal["all", "own"] = option("all", "Eq. 4 over all tokens, or over the outcome's own")
+    normalize: Literal["all", "own"] = option("all", "Eq. 4 over all tokens, or over those of the outcome alone")
     entropy_min: float = option(1e-3, "floor of the entropy, nats", above=0)
     entropy_max: float = option(1e3, "ceiling of the entropy, nats", above=0)
-    overlong_gamma: float | None = option(None, "gamma1 of the overlong punishment, e.g. 0.75", above=0.5)
+    overlong_gamma: float | None = option(None, "gamma1 of the overlong punishment, e.g. 0.75", above=0.5, at_most=1)
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + clip_high", above=0)
-    kl_coef: float = option(0.0, "beta, the weight of the KL to the starting model", at_least=0)
     reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
 def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float) -> Tensor:
-    """Group Relative Overlong Punishment (appendix C), to add to the reward. Three [B] -> [B], between 0 and -1/2.
+    """Group Relative Overlong Punishment (appendix C), to add to the reward. Three [B] -> [B], from 0 to -1/2.
 
-    With a share of right answers of gamma or more, the long ones among the right are punished; of 1 - gamma or less,
-    none; between, the long ones of the majority. Long is against L, the larger of mid-range and mean of the lengths.
+    Punished are the long completions among the right ones, if the fraction of right ones is gamma or more; none, if it
+    is 1 - gamma or less; otherwise those of the majority. Long means longer than L, the larger of mid-range and mean.
     """
-    right, result = rewards > 0.5, torch.zeros_like(rewards)
+    right = rewards > 0.5
+    result = torch.zeros_like(rewards)
     for g in group.unique():
         rows = group == g
-        share = right[rows].float().mean()
-        if share <= 1 - gamma:
+        fraction_right = right[rows].float().mean()
+        if fraction_right <= 1 - gamma:
             continue
-        punished = rows & right if share > 0.5 else rows & ~right
-        among = lengths[rows & right if share >= gamma else rows].float()
-        L = torch.max((among.min() + among.max()) / 2, among.mean())
+        punished = rows & right if fraction_right > 0.5 else rows & ~right
+        measured = lengths[rows & right if fraction_right >= gamma else rows].float()
+        L = torch.max((measured.min() + measured.max()) / 2, measured.mean())
         result[punished] = -0.5 * ((lengths[punished] - L) / L).clamp(0, 1)
     return result
 
 
 def comparison_sets(rewards: Tensor, group: Tensor, scope: str) -> list[Tensor]:
-    """The rows, bool [B], that are compared with each other: each group with both outcomes, or all those together."""
+    """The rows, bool [B], whose tokens form a set: each group with both outcomes, or (scope "batch") all of them."""
     groups = [group == g for g in group.unique()]
-    both = [rows for rows in groups if 0 < (rewards[rows] > 0.5).sum() < rows.sum()]
-    return [torch.stack(both).any(0)] if both and scope == "batch" else both
+    mixed = [rows for rows in groups if 0 < (rewards[rows] > 0.5).sum() < rows.sum()]
+    return [torch.stack(mixed).any(0)] if mixed and scope == "batch" else mixed
 
 
-def share(values: Tensor, mask: Tensor, compare: str, mean: str) -> Tensor:
-    """Each value over the mean of its comparison set, 0 where mask is 0. Two [n, T] -> [n, T]."""
+def over_mean(values: Tensor, mask: Tensor, compare: str, mean: str) -> Tensor:
+    """Each value divided by the mean of its set of tokens, 0 where mask is 0. Two [n, T] -> [n, T]."""
     dims = {"column": (0,), "row": (1,), "matrix": (0, 1)}[compare]
     values = values.log() if mean == "geometric" else values
     centre = (values * mask).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True).clamp(min=1)
-    # where: a column without a token has centre 0
-    return torch.where(mask > 0, (values - centre).exp() if mean == "geometric" else values / centre, 0.0)
+    ratio = (values - centre).exp() if mean == "geometric" else values / centre
+    return torch.where(mask > 0, ratio, 0.0)  # and 0 for the 0 / 0 of a column without a token
 
 
 def shaped_rewards(
-    rewards: Tensor,
-    entropy: Tensor,
-    mask: Tensor,
-    group: Tensor,
-    alpha1: float = 1.0,
-    alpha2: float = 0.1,
-    compare: str = "column",
-    mean: str = "arithmetic",
-    scope: str = "group",
-    entropy_min: float = 1e-3,
-    entropy_max: float = 1e3,
-    punishment: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor, alpha1: float = 1.0, alpha2: float = 0.1,
+    compare: str = "column", mean: str = "arithmetic", scope: str = "group",
+    entropy_min: float = 1e-3, entropy_max: float = 1e3, punishment: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """r+ (Eq. 2) and r- (Eq. 3) of every token: two [B, T], 0 for the other outcome, padding and one-outcome groups.
 
-    rewards, group, punishment: [B]; entropy, mask: [B, T]; entropies in nats.
+    rewards, group, punishment: [B]; entropy (nats), mask: [B, T].
     """
-    right, H = rewards > 0.5, entropy.clamp(entropy_min, entropy_max)
-    extra = torch.zeros_like(rewards) if punishment is None else punishment
-    plus, minus = torch.zeros_like(mask), torch.zeros_like(mask)
+    H = entropy.clamp(entropy_min, entropy_max)
+    punishment = torch.zeros_like(rewards) if punishment is None else punishment
+    reward_plus = torch.zeros_like(mask)
+    reward_minus = torch.zeros_like(mask)
     for rows in comparison_sets(rewards, group, scope):
-        ok, bad = rows & right, rows & ~right
-        plus[ok] = alpha1 * (rewards + extra)[ok, None] + alpha2 * share(H[ok], mask[ok], compare, mean)
-        minus[bad] = alpha1 * (extra - 1)[bad, None] - alpha2 * share(1 / H[bad], mask[bad], compare, mean)
-    return plus * mask, minus * mask
+        right = rows & (rewards > 0.5)
+        bonus = over_mean(H[right], mask[right], compare, mean)
+        reward_plus[right] = alpha1 * (rewards + punishment)[right, None] + alpha2 * bonus  # (2)
+
+        wrong = rows & ~(rewards > 0.5)
+        penalty = over_mean(1 / H[wrong], mask[wrong], compare, mean)
+        reward_minus[wrong] = alpha1 * (punishment - 1)[wrong, None] - alpha2 * penalty  # (3)
+    return reward_plus * mask, reward_minus * mask
 
 
 def advantages(
-    plus: Tensor,
-    minus: Tensor,
-    rewards: Tensor,
-    mask: Tensor,
-    group: Tensor,
-    scope: str = "group",
-    normalize: str = "all",
-    eps: float = 1e-6,
-) -> Tensor:
-    """Eq. 4: A+ for tokens of right completions and A- for those of wrong ones, from shaped_rewards. [B, T]
+    reward_plus: Tensor, reward_minus: Tensor, rewards: Tensor, mask: Tensor, group: Tensor,
+    scope: str = "group", normalize: str = "all", eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """A+ for tokens of right completions and A- for those of wrong ones (Eq. 4), from shaped_rewards: [B, T].
 
-    normalize: "all" takes mean and std over every token of the comparison set, "own" over the outcome's own. Groups
-    with one outcome get exactly 0.
+    normalize: "all" takes mean and std over all tokens of the set, "own" over those of the outcome alone. Groups with
+    one outcome get exactly 0.
     """
-    right, result = rewards > 0.5, torch.zeros_like(mask)
+    result = torch.zeros_like(mask)
     for rows in comparison_sets(rewards, group, scope):
-        for outcome, shaped in ((rows & right, plus), (rows & ~right, minus)):
-            over = outcome if normalize == "own" else rows
-            R = shaped[over][mask[over] > 0]
+        for outcome, shaped in ((rewards > 0.5, reward_plus), (rewards <= 0.5, reward_minus)):
+            pool = rows & outcome if normalize == "own" else rows
+            R = shaped[pool][mask[pool] > 0]
             if R.max() > R.min():
-                result[outcome] = (shaped[outcome] - R.mean()) / (R.std(correction=0) + eps)
+                result[rows & outcome] = (shaped[rows & outcome] - R.mean()) / (R.std(correction=0) + eps)  # (4)
     return result * mask
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
-    log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - log_ratio - 1
+def token_advantages(
+    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor, alpha1: float = 1.0, alpha2: float = 0.1,
+    compare: str = "column", mean: str = "arithmetic", scope: str = "group", normalize: str = "all",
+    entropy_min: float = 1e-3, entropy_max: float = 1e3, overlong_gamma: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The advantage of every token: [B, T], 0 where mask is 0. On the first update it multiplies grad log pi.
+
+    rewards, group: [B]; entropy (nats), mask: [B, T].
+    """
+    punishment = None
+    if overlong_gamma is not None:
+        punishment = overlong_punishment(rewards, mask.sum(1), group, overlong_gamma)  # [B]
+    reward_plus, reward_minus = shaped_rewards(
+        rewards, entropy, mask, group, alpha1, alpha2, compare, mean, scope, entropy_min, entropy_max, punishment
+    )  # [B, T]
+    return advantages(reward_plus, reward_minus, rewards, mask, group, scope, normalize)
 
 
-def loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    kl: Tensor | None = None,
-    kl_coef: float = 0.0,
-) -> Tensor:
-    """The negated objective of every token before the mean is taken: [B, T], 0 where mask is 0.
+def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:
+    """The negated, clipped objective of every token, before the mean is taken: [B, T], 0 where mask is 0.
 
-    logprobs, old_logprobs, mask, kl: [B, T]; advantages: [B] or [B, T]. Gradients flow through logprobs and kl.
+    ratio: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    ratio = (logprobs - old_logprobs).exp()
     objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    if kl is not None:
-        objective = objective - kl_coef * kl
     return -objective * mask
 
 
 def main() -> None:
     cfg = parse(Config, __doc__)
+    clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout = run.sample()
-            run.verify(rollout)
-            rewards, mask, group = rollout.rewards, rollout.mask, rollout.group
-            punishment = None
-            if cfg.overlong_gamma is not None:
-                punishment = overlong_punishment(rewards, rollout.lengths(), group, cfg.overlong_gamma)  # [B]
-            shaped = shaped_rewards(
-                rewards, rollout.entropy, mask, group, cfg.alpha1, cfg.alpha2, cfg.compare, cfg.mean, cfg.scope,
-                cfg.entropy_min, cfg.entropy_max, punishment,
-            )  # fmt: skip
-            A = advantages(*shaped, rewards, mask, group, cfg.scope, cfg.normalize)  # [B, T]
-            ref = run.reference_logprobs(rollout) if cfg.kl_coef > 0 else None  # [B, T]
-
-            def objective(logprobs, old_logprobs, rows):  # of one micro-batch: [b, T], [b, T], [b]
-                mask, clip = rollout.mask[rows], (cfg.clip_low, cfg.clip_high)
-                kl = None if ref is None else k3(logprobs, ref[rows])
-                metrics = clip_fractions((logprobs - old_logprobs).exp(), A[rows], *clip)
-                if kl is not None:
-                    metrics["kl"] = kl
-                return loss(logprobs, old_logprobs, A[rows], mask, *clip, kl, cfg.kl_coef), metrics
-
-            metrics = run.update(rollout, objective, cfg.reduction, active=A if ref is None else None)
-            run.log(rollout, metrics)
+            rollout = run.verify(run.sample())
+            A = token_advantages(
+                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
+                alpha1=cfg.alpha1, alpha2=cfg.alpha2, compare=cfg.compare, mean=cfg.mean, scope=cfg.scope,
+                normalize=cfg.normalize, entropy_min=cfg.entropy_min, entropy_max=cfg.entropy_max,
+                overlong_gamma=cfg.overlong_gamma,
+            )  # [B, T]  # fmt: skip
+            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
+                for batch in minibatch:  # b rows, scored by the policy as it is now
+                    ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
+                    per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
+                    metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
+                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    run.record(batch, per_token, **metrics)
+                run.optimizer_step()
+            run.log(rollout)
 
 
 if __name__ == "__main__":

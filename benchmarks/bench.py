@@ -28,10 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common
-import fast
 import grpo
-import tiny
 import verifier
+from harness import cuda_graphs, tiny
+from harness.options import RunConfig
+from harness.trainer import Trainer, microbatches
 
 Q, G, T = 32, 8, 64
 V, D, N = 151_936, 896, 2_048  # Qwen2.5-0.5B's vocabulary and hidden size
@@ -96,7 +97,7 @@ def bench_rollout(base: str, runs: int) -> list[dict]:
         start = time.perf_counter()
         r = common.sample(model, prompts, G, T, [eos], torch.rand(Q * G, T))
         seconds = time.perf_counter() - start
-        ids = [row[:n] for row, n in zip(r.completion_ids.tolist(), r.lengths().int().tolist(), strict=True)]
+        ids = [row[:n] for row, n in zip(r.completion_ids.tolist(), r.completion_lengths().int().tolist(), strict=True)]
         return note("ours", ids, seconds)
 
     def generate() -> float:
@@ -131,26 +132,23 @@ def bench_step(base: str, runs: int) -> list[dict]:
 
     def ours(seconds: list[float], steps: int) -> float:
         model, tokenizer = load(base)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-        scheduler, rewards = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), []
-        for i in range(steps):
+        encoded = [{**p, "prompt_ids": tokenizer(p["question"])["input_ids"]} for p in problems]
+        cfg = RunConfig(n_prompts=Q, group_size=G, max_new_tokens=T, lr=1e-6, token_budget=2048)
+        trainer = Trainer(cfg, model, tokenizer, encoded, base)
+        rewards = []
+        for _ in range(steps):
             start = time.perf_counter()
-            rows = problems[i * Q : (i + 1) * Q]
-            prompts = tokenizer([p["question"] for p in rows])["input_ids"]
-            r = common.sample(model, prompts, G, T, [tokenizer.eos_token_id], torch.rand(Q * G, T))
-            ids = [row[:n] for row, n in zip(r.completion_ids.tolist(), r.lengths().int().tolist(), strict=True)]
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            r.rewards = torch.tensor([reward_of(text, rows[j // G]) for j, text in enumerate(texts)])
-            A = grpo.advantages(r.rewards, r.group)
-
-            def objective(new, old, rows, r=r, A=A):
-                return grpo.loss(new, old, A[rows], r.mask[rows]), common.clip_fractions(
-                    (new - old).exp(), A[rows], 0.2, 0.2
-                )
-
-            common.update(model, optimizer, scheduler, r, objective, "sequence", A, 1.0)
+            rollout = trainer.verify(trainer.sample())
+            A = grpo.advantages(rollout.rewards, rollout.group)
+            for minibatch in trainer.minibatches(rollout, "sequence", A):
+                for batch in minibatch:
+                    ratio = (batch.logprobs - batch.old_logprobs).exp()
+                    per_token = grpo.loss(ratio, A[batch.rows], batch.mask)
+                    (per_token * batch.loss_weights).sum().backward()
+                    trainer.record(batch, per_token, **common.clip_fractions(ratio, A[batch.rows], 0.2, 0.2))
+                trainer.optimizer_step()
             seconds.append(time.perf_counter() - start)
-            rewards.append(float(r.rewards.mean()))
+            rewards.append(float(rollout.rewards.mean()))
         return statistics.mean(rewards)
 
     def trl(seconds: list[float], steps: int, micro: int) -> float:
@@ -208,9 +206,7 @@ def head_naive(hidden, weight, targets):
 
 
 def head_ours(hidden, weight, targets):
-    return fast.HeadLogprobs.apply(
-        hidden, weight, None, targets, 1.0, 1.0, None, common.CHUNK_ELEMENTS[hidden.device.type] // V
-    )
+    return common.HeadLogprobs.apply(hidden, weight, None, targets, 1.0, None, 1.0, True)
 
 
 def head_trl(hidden, weight, targets):
@@ -271,7 +267,7 @@ def measure_growth(length: str) -> dict:
     lengths, ids, mask = torch.full((B,), 16), torch.randint(0, V, (B, n)), torch.ones(B, n)
 
     def work():
-        for rows in common.microbatches(lengths + n, 2048):
+        for rows in microbatches(lengths + n, 2048):
             logp, _ = common.token_logprobs(model, prompt[rows], lengths[rows], ids[rows], mask[rows])
             logp.sum().backward()
 
@@ -342,14 +338,16 @@ def bench_gpu_rollout(base: str, runs: int) -> list[dict]:
         torch.cuda.synchronize()
         return rows * new / (time.perf_counter() - start)
 
-    def ours(fixed: bool) -> float:
-        return timed(lambda: common.sample(model, prompt.tolist(), rows // 16, new, [-1], uniforms, fixed=fixed))
+    def ours(sample) -> float:
+        return timed(lambda: sample(model, prompt.tolist(), rows // 16, new, [-1], uniforms))
 
     def generate() -> float:
         options = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, num_return_sequences=rows // 16)
         return timed(lambda: low.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options))
 
-    found = alternate({"graphs": lambda: ours(True), "plain": lambda: ours(False), "generate": generate}, runs)
+    found = alternate(
+        {"graphs": lambda: ours(cuda_graphs.sample), "plain": lambda: ours(common.sample), "generate": generate}, runs
+    )
     copy = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -40,9 +40,8 @@ import figures
 from cost import cost
 from tables import report
 
-import files
-import tiny
-from options import bounded, fail
+from harness import files, tiny
+from harness.options import bounded, fail
 
 METHODS = ("grpo", "dapo", "egsw", "gtpo", "grpo_s")
 TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
@@ -312,7 +311,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def main(argv: list[str] | None = None, out: Path = HERE) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    positive = bounded(int, None, 1)
+    positive = bounded(int, at_least=1)
     parser.add_argument("--quick", action="store_true", help="the methods on `easy`, 3 seeds")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, metavar="QUESTION", help=", ".join(QUESTIONS))
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 to N-1 for every question")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import run
-from options import fail
+from harness import run
+from harness.options import fail
 
 ROUNDS, STEPS = 5, 12
 ONE_UPDATE = ["--minibatches", "1", "--max-rounds", "1"]  # DAPO's step without what makes it larger than the others'
@@ -34,10 +34,10 @@ def measure(method: str, base: str, options: list[str]) -> None:
     """
     phases, ends, log = [], [], run.Run.log
 
-    def timed(self, rollout, metrics):
+    def timed(self, rollout, more=None):
         phases.append(sum(self.seconds.values()))  # sample, verify and update of this step
         began = time.perf_counter()
-        log(self, rollout, metrics)
+        log(self, rollout, more)
         ends.append(time.perf_counter())
         phases[-1] += ends[-1] - began
 

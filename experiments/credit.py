@@ -4,12 +4,11 @@
     python experiments/credit.py --model path/to/model --dataset rows.jsonl --out runs/after
     python experiments/credit.py && cp runs/credit.png assets/          made the README's picture
 
-Credit is what multiplies grad log pi of a token at the first update on a rollout, where every ratio is 1, before the
-mean over tokens. It comes from the functions of the five scripts at their default options, over a batch such as the
-first step of a run samples. One prompt is drawn, the first whose completions come nearest to half right. Blue pushes a
-token up, orange pushes it down, and all panels share one scale; the bar beneath a token is the entropy of the policy
-there. The PNG wraps long completions and says what it cuts; the page, one file that loads nothing, has all of it, with
-the numbers on hover, tap or keyboard focus.
+Credit is what multiplies grad log pi of a token on the first update, before the mean over tokens: token_advantages of
+each script, at its default options, over the batch that the first step of a run samples. The picture shows one prompt,
+the first one whose completions are nearest to half right. Blue pushes a token up, orange pushes it down, and all panels
+share one scale. The bar below a token is the entropy of the policy there. The PNG wraps long completions and says what
+it cuts. The page is one file that loads nothing; it has all of it, with the numbers on hover, tap or keyboard focus.
 
 Exit status: 0 done; 2 the options or the input are wrong, or no prompt has both right and wrong completions.
 """
@@ -30,18 +29,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common
 import dapo
-import data
 import egsw
 import grpo
 import grpo_s
 import gtpo
-import tiny
 import verifier
 from common import Rollout
-from integrations.token_advantages import advantages
-from options import RunConfig, bounded, fail, keywords
+from harness import data, tiny
+from harness.options import RunConfig, add_option, bounded, fail, resolve_defaults
+from harness.trainer import Trainer
 
 # The options of a run that decide what is sampled.
 SAMPLING = [
@@ -65,15 +62,13 @@ def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
     title, usage = __doc__.split("\n\n")[0], "%(prog)s [options]"
     parser = argparse.ArgumentParser(description=title, usage=usage, allow_abbrev=False)
     parser.error = fail
-    number = dict(type=bounded(int, above=None, at_least=1), metavar="INT")
+    number = dict(type=bounded(int, at_least=1), metavar="INT")
     parser.add_argument("--out", default="runs/credit", help="where to write, without .png and .html [%(default)s]")
     parser.add_argument("--rows", default=6, help="completions in the PNG, at most [%(default)s]", **number)
     parser.add_argument("--lines", default=2, help="lines of each in the PNG, at most [%(default)s]", **number)
     for f in dataclasses.fields(RunConfig):
         if f.name in SAMPLING:
-            known = keywords(f, f.type)
-            known["help"] = known["help"].replace("<out>", "runs")
-            parser.add_argument("--" + f.name.replace("_", "-"), **known)
+            add_option(parser, f, f.type)
     args = parser.parse_args(argv)
     return RunConfig(**{name: getattr(args, name) for name in SAMPLING}, eval_rows=0), args
 
@@ -84,34 +79,21 @@ def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
 def sample(cfg: RunConfig) -> tuple[Rollout, object]:
     """What the first step of a run with these options samples and verifies, and the tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg.max_new_tokens = data.longest_completion(cfg)
     source = cfg.model or str(tiny.base(Path("runs/tiny-base")))
     model, tokenizer = data.load_model(source, device, cfg.trust_remote_code)
-    rows = data.encode(cfg, model, tokenizer, data.load_rows(cfg)[0])
-    rows = [rows[i] for i in data.order(len(rows), cfg.seed, 0)[: cfg.n_prompts]]
-    G, T = cfg.group_size, cfg.max_new_tokens
-    uniforms = torch.rand(len(rows) * G, T, generator=torch.Generator().manual_seed(cfg.seed))
-    prompts, eos_ids = [row["prompt_ids"] for row in rows], data.stop_ids(model, tokenizer)
-    rollout = common.sample(model, prompts, G, T, eos_ids, uniforms, cfg.temperature)
-    rollout.texts = data.texts(tokenizer, rollout, rows)
-    rewards = [verifier.math_reward(text["completion"], text["answer"]) for text in rollout.texts]
-    rollout.rewards = torch.tensor(rewards, device=device)
-    return rollout, tokenizer
+    resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
+    problems, _ = data.load_problems(cfg)
+    trainer = Trainer(cfg, model, tokenizer, data.encode(cfg, model, tokenizer, problems), source)
+    return trainer.verify(trainer.sample()), tokenizer
 
 
 def token_credit(rollout: Rollout, max_new_tokens: int) -> dict[str, Tensor]:
     """Each method's credit of every token, at its script's defaults: {name: [B, T]}, 0 where the mask is 0."""
-    rewards, entropy, mask, group = rollout.rewards, rollout.entropy, rollout.mask, rollout.group
-    cache = dapo.Config().overlong_cache * max_new_tokens
-    punishment = dapo.overlong_punishment(rollout.lengths(), max_new_tokens, cache)  # [B]
-    ours = {
-        name: advantages(SCRIPTS[name].Config(), rewards, entropy, mask, group) for name in ("EGSW", "GTPO", "GRPO-S")
-    }
-    return {
-        "GRPO": grpo.advantages(rewards, group, grpo.Config().advantage)[:, None] * mask,
-        "DAPO": dapo.advantages(rewards, group, punishment)[:, None] * mask,
-        **ours,
-    }
+    credit = {}
+    for name, script in SCRIPTS.items():
+        options = {"max_new_tokens": max_new_tokens} if script is dapo else {}
+        credit[name] = script.token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)
+    return credit
 
 
 def choose(rewards: Tensor, group: Tensor) -> int | None:

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluation import bootstrap
+from harness.evaluation import bootstrap
 
 
 def interval(values: list[float], digits: int = 3, sign: str = "") -> str:

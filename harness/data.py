@@ -1,27 +1,28 @@
-"""Problems to train and to evaluate on, and the model that is asked them.
+"""The model that is trained, and the problems that it is asked.
 
-Rows are {"question", "answer"}; `answer` is what verifier.gold_answer reads: GSM8K's text with `####`, a MATH solution
-with \\boxed{}, or the bare answer. `datasets` and transformers load everything, and are imported where they are used.
+A problem is {"question", "answer"}. Its answer is what verifier.gold_answer reads: GSM8K's text with `####`, a MATH
+solution with \\boxed{}, or the bare answer. transformers and `datasets` do the loading; they are imported where they
+are used.
 """
 
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import common
-import distributed
-import tiny
 import verifier
-from options import fail
+from harness import distributed, tiny
+from harness.options import RunConfig, fail
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "reward_model", "solution")  # DAPO-Math-17k keeps its gold inside `reward_model`
 
 
 def first_line(error: BaseException) -> str:
-    error = error.__cause__ or error  # `datasets` wraps what was wrong
+    error = error.__cause__ or error  # `datasets` wraps the error that says what is wrong
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -29,8 +30,8 @@ def first_line(error: BaseException) -> str:
 
 
 def load_model(name: str, device: torch.device, trust_remote_code: bool = False, gradient_checkpointing: bool = False):
-    """A causal LM with float32 weights and its tokenizer, from the hub or a folder. Weights come from safetensors
-    alone, and code that a checkpoint brings along is not run unless `trust_remote_code`."""
+    """A causal LM with float32 weights, and its tokenizer, from the hub or a folder. Weights are read from safetensors
+    only, and code that comes with a checkpoint runs only with `trust_remote_code`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -39,233 +40,293 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)  # with dropout, the policy that is scored is not the one that sampled
-        options = dict(config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(name, **options).to(device)
+                setattr(config, key, 0.0)  # with dropout, the policy that is scored is not the policy that sampled
+        options: dict[str, Any] = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+        model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        common.check_head(model)
-    except Exception as error:  # of any class: OSError, SafetensorError, JSONDecodeError ...
-        where = "is not a folder here, and the hub gave: " if not Path(name).exists() else "cannot be used: "
-        hint = " Give a local folder instead if the hub is out of reach." if not Path(name).exists() else ""
-        fail(f"--model {name} {where}{first_line(error)}{hint}")
+        check_head(model)
+    except Exception as error:  # of any class: OSError, SafetensorError, JSONDecodeError, ...
+        if Path(name).exists():
+            fail(f"--model {name} cannot be used: {first_line(error)}")
+        fail(f"--model {name} is not a folder here, and the hub gave: {first_line(error)} "
+             "Give a local folder instead if the hub is out of reach.")  # fmt: skip
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, tokenizer
 
 
+@torch.no_grad()
+def check_head(model) -> None:
+    """Raises ValueError unless common.head_logits(hidden states) equals the model's own logits. common.py runs decoder
+    and head separately, and a model family may do something in between that is not known there."""
+    model.eval()
+    ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    logits = common.head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states): it is not supported")
+
+
 def stop_ids(model, tokenizer) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS and those of the model's generation_config."""
-    ids = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    """The ids that end a completion: the tokenizer's EOS and those in the model's generation_config."""
+    from_config = model.generation_config.eos_token_id
+    from_config = from_config if isinstance(from_config, list) else [from_config]
+    ids = {tokenizer.eos_token_id, *from_config} - {None}
     if not ids:
         fail("--model: neither its tokenizer nor its generation_config names an end-of-sequence token")
     return sorted(ids)
 
 
 def prompt_ids(tokenizer, question: str, system: str, template: str) -> list[int]:
-    """The question as the model is asked it: a system and a user turn of its chat template, or else `template`."""
+    """The token ids of a question. With a chat template: a system turn, if there is one, and a user turn. Without:
+    `template`."""
     if not tokenizer.chat_template:
         return tokenizer(template.replace("{question}", question))["input_ids"]
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    options = dict(add_generation_prompt=True, return_dict=False)
+    turns = [{"role": "user", "content": question}]
+    if system:
+        turns.insert(0, {"role": "system", "content": system})
     try:
-        return tokenizer.apply_chat_template(turns[not system :], **options)
-    except Exception as error:  # jinja2's; Gemma's template, for one, has no system turn
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # an error of jinja2; Gemma's template, for example, has no system turn
         if "system" not in str(error).lower():
             raise
-        return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{question}"}], **options)
+        turns = [{"role": "user", "content": f"{system}\n\n{question}"}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
 
-def estimate_memory(cfg, model, prompt_length: int) -> dict[str, int]:
-    """Bytes that the parts of a run will hold at once, roughly. The last two follow each other and do not add up."""
-    config, gpu = model.config.get_text_config(), model.device.type == "cuda"
-    D, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]:
+    """What the parts of a run need, roughly, in bytes on each device. "rollout" and "update" follow each other: they do
+    not add up."""
+    config = model.config.get_text_config()
+    on_gpu = model.device.type == "cuda"
+    layers = config.num_hidden_layers
+    hidden = config.hidden_size
+    vocabulary = config.vocab_size
     heads = config.num_attention_heads
-    kv = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or D // heads)
-    size = 2 if gpu else 4  # bytes of an activation
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    share = distributed.world() if cfg.fsdp else 1
-    reference = getattr(cfg, "kl_coef", 0) > 0  # a second model, of weights alone
-    rows = -(-max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k) // distributed.world())
-    rows = min(cfg.rollout_rows, rows)
-    cache = rows * (prompt_length + cfg.max_new_tokens) * 2 * layers * kv * size
-    # Kept for the backward pass: in 16 bits about 34 D bytes a token and layer (Korthikanti et al., arXiv 2205.05198,
-    # without the attention matrix), 2 D with checkpointing. Then the head: two float32 chunks and a weight gradient.
-    chunk = max(common.CHUNK_ELEMENTS[model.device.type], V)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    activation = 2 if on_gpu else 4  # bytes of a number in bf16 or float32
+    processes = distributed.world_size()
+
+    weights = 4 * sum(p.numel() for p in model.parameters())  # float32
+    gradients = weights
+    adamw = 2 * weights  # two moments of each weight
+    reference = weights if getattr(cfg, "kl_coef", 0) > 0 else 0  # a second model
+    parts = processes if cfg.fsdp else 1
+    autocast_copy = weights // 2 if on_gpu else 0  # of the weights, in bf16
+
+    completions = max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k)
+    rows = min(cfg.rollout_rows, math.ceil(completions / processes))  # sampled at a time
+    tokens = rows * (prompt_length + cfg.max_new_tokens)
+    cache = tokens * layers * 2 * kv_heads * head_size * activation  # keys and values
+    sampling = 4 * rows * vocabulary * 4  # four float32 buffers of a row's logits
+    gathered_weights = weights if cfg.fsdp else 0
+
+    # An activation count of 34 per token, layer and hidden unit, in bytes at 16 bits: Korthikanti et al. (arXiv
+    # 2205.05198) without the attention matrix. With checkpointing only a layer's input is kept.
     kept = 2 if cfg.gradient_checkpointing else 34
-    update = cfg.token_budget * layers * kept * D * size // 2 + 2 * 4 * chunk + 4 * V * D
+    activations = cfg.token_budget * layers * kept * hidden * activation // 2
+    chunks = 2 * 4 * max(common.CHUNK_ELEMENTS[model.device.type], vocabulary)  # two float32 chunks of logits
+    head_gradient = 4 * vocabulary * hidden  # float32
     return {
-        "weights, gradients, AdamW": (5 if reference else 4) * weights // share + (weights // 2 if gpu else 0),
-        "rollout": cache + 4 * rows * V * 4 + (weights if cfg.fsdp else 0),
-        "update": update,
+        "weights, gradients, AdamW": (weights + gradients + adamw + reference) // parts + autocast_copy,
+        "rollout": cache + sampling + gathered_weights,
+        "update": activations + chunks + head_gradient,
     }
 
 
-def check_memory(cfg, model, prompt_length: int) -> None:
+def check_memory(cfg: RunConfig, model, prompt_length: int) -> None:
     """Prints one line with the estimate, and refuses what cannot fit on the GPU."""
-    parts = estimate_memory(cfg, model, prompt_length)
-    n = sum(p.numel() for p in model.parameters())
-    listed = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in parts.items())
-    print(f"{n:,} parameters on {model.device.type}; memory estimated in GiB: {listed}")
-    if model.device.type == "cuda":
-        fixed, rollout, update = parts.values()
-        free = min(distributed.gather(torch.cuda.mem_get_info()[0])) + fixed // 4  # the weights are there already
-        for needed, way_out in ((fixed, "a smaller --model"), (fixed + rollout, "a smaller --rollout-rows"),
-                                (fixed + update, "a smaller --token-budget")):  # fmt: skip
-            if needed > free:
-                fail(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose {way_out}")
+    estimate = estimate_memory(cfg, model, prompt_length)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    listed = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in estimate.items())
+    print(f"{n_parameters:,} parameters on {model.device.type}; memory estimated in GiB: {listed}")
+    if model.device.type != "cuda":
+        return
+    fixed, rollout, update = estimate.values()
+    already_loaded = fixed // 4  # the weights
+    free = min(distributed.all_gather(torch.cuda.mem_get_info()[0])) + already_loaded
+    needs = [
+        (fixed, "a smaller --model"),
+        (fixed + rollout, "a smaller --rollout-rows"),
+        (fixed + update, "a smaller --token-budget"),
+    ]
+    for needed, way_out in needs:
+        if needed > free:
+            fail(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose {way_out}")
 
 
 # --- the problems -----------------------------------------------------------------------------------------------------
 
 
+def load_problems(cfg: RunConfig) -> tuple[list[dict], list[dict]]:
+    """Problems to train on, and at most eval_rows problems to evaluate on, without a question in common."""
+    train = training_problems(cfg)
+    if cfg.eval_rows == 0:
+        return train, []
+    held_out = evaluation_problems(cfg)
+    if not held_out:
+        held_out = train[: cfg.eval_rows]
+        train = train[cfg.eval_rows :]
+        print(f"--dataset {cfg.dataset}: no split to evaluate on, so {len(held_out)} of its rows are held out")
+    held_out = held_out[: cfg.eval_rows]
+    return without_overlap(cfg, train, held_out), held_out
+
+
+def training_problems(cfg: RunConfig) -> list[dict]:
+    if cfg.dataset == "arithmetic":
+        return tiny.problems(8192, cfg.seed, held_out=False)
+    rows = open_dataset("--dataset", cfg.dataset, cfg.dataset_config, cfg.train_split)
+    if rows is None:
+        fail(f"--dataset {cfg.dataset}: no split {cfg.train_split!r}; name one with --train-split")
+    flag = f"--dataset {cfg.dataset}"
+    return shuffled(usable(flag, read_columns(flag, rows, cfg.question_column, cfg.answer_column)))
+
+
+def evaluation_problems(cfg: RunConfig) -> list[dict] | None:
+    """The problems of --eval-dataset, or else of the --eval-split of --dataset; None if there is no such split."""
+    name = cfg.eval_dataset or cfg.dataset
+    if name == "arithmetic":
+        return tiny.problems(cfg.eval_rows, 0, held_out=True)
+    if not cfg.eval_dataset and Path(cfg.dataset).is_file():
+        return None  # a file has no splits
+    config = None if cfg.eval_dataset else cfg.dataset_config
+    rows = open_dataset("--eval-dataset", name, config, cfg.eval_split)
+    user_wants_it = cfg.eval_dataset is not None or cfg.eval_split != "test"
+    if rows is None and user_wants_it:
+        fail(f"--eval-dataset {name}: no split {cfg.eval_split!r}; name one with --eval-split")
+    if not rows and not user_wants_it:
+        return None
+    question_column = cfg.question_column
+    answer_column = cfg.answer_column
+    if cfg.eval_dataset:  # the named columns are those of --dataset; this one may have others
+        question_column = question_column if question_column in rows.column_names else None
+        answer_column = answer_column if answer_column in rows.column_names else None
+    flag = f"--eval-dataset {name}"
+    return shuffled(usable(flag, read_columns(flag, rows, question_column, answer_column)))
+
+
+def without_overlap(cfg: RunConfig, train: list[dict], held_out: list[dict]) -> list[dict]:
+    """The training problems whose question is not evaluated on, whatever its white space."""
+    evaluated = {" ".join(problem["question"].split()) for problem in held_out}
+    kept = [problem for problem in train if " ".join(problem["question"].split()) not in evaluated]
+    if len(kept) < len(train):
+        print(f"--dataset: {len(train) - len(kept)} rows dropped, because their questions are also evaluated on")
+    if not kept:
+        fail(f"--dataset {cfg.dataset}: no rows are left to train on beside --eval-rows {cfg.eval_rows}")
+    return kept
+
+
+def shuffled(problems: list[dict]) -> list[dict]:
+    random.Random(0).shuffle(problems)
+    return problems
+
+
 def open_dataset(flag: str, name: str, config: str | None, split: str):
-    """One split of a hub data set, a JSON, JSON Lines or Parquet file, or a folder; None if there is no such split."""
+    """One split of a hub data set, of a JSON, JSON Lines or Parquet file, or of a saved folder; None if it has no such
+    split."""
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, in one line
-    path, kinds = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below, in one line
+    path = Path(name)
+    formats = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     try:
         if path.is_file():
-            if path.suffix not in kinds:
-                fail(f"{flag} {name}: a file must end in {', '.join(kinds)}")
-            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+            if path.suffix not in formats:
+                fail(f"{flag} {name}: a file must end in {', '.join(formats)}")
+            if is_blank(path):
+                fail(f"{flag} {name}: the file is empty")
+            return datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(name)
-            if isinstance(saved, datasets.DatasetDict):
-                return saved.get(split)
-            return saved
+            return saved.get(split) if isinstance(saved, datasets.DatasetDict) else saved
         if not config:
             names = datasets.get_dataset_config_names(name)
-            config = next((c for c in ("main", "default") if c in names), names[0])
+            config = next((usual for usual in ("main", "default") if usual in names), names[0])
         if split not in datasets.get_dataset_split_names(name, config):
             return None
         return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # of any class: DatasetNotFoundError, ConnectionError, ArrowInvalid ...
+    except Exception as error:  # of any class: DatasetNotFoundError, ConnectionError, ArrowInvalid, ...
         hint = "" if path.exists() else " Give a local file or folder instead if the hub is out of reach."
         fail(f"{flag} {name} cannot be loaded: {first_line(error)}{hint}")
 
 
-def as_rows(flag: str, dataset, question: str | None, answer: str | None) -> list[dict]:
-    """Rows of a data set whose columns have known names, or those given. A row without one of the two is refused."""
-    columns = dataset.column_names
-    question = question or next((c for c in QUESTION_COLUMNS if c in columns), None)
-    answer = answer or next((c for c in ANSWER_COLUMNS if c in columns), None)
-    for option, column in (("--question-column", question), ("--answer-column", answer)):
-        if column not in columns:
-            fail(f"{flag}: name one of its columns ({', '.join(columns)}) with {option}")
-    rows = []
-    for number, row in enumerate(dataset, 1):
-        q, a = row[question], row[answer]
-        if isinstance(q, list):  # a chat: what the user says last
-            turns = [turn for turn in q if isinstance(turn, dict) and turn.get("role") == "user"]
-            q = turns[-1].get("content") if turns else None
-        if isinstance(a, dict):
-            a = a.get("ground_truth")
-        if q is None or a is None or not str(q).strip():
-            fail(f"{flag}, line {number}: no {'answer' if a is None else 'question'} in its column")
-        rows.append({"question": str(q), "answer": str(a)})
-    return rows
+def is_blank(path: Path) -> bool:
+    """Whether a file holds nothing but white space."""
+    with open(path, "rb") as file:
+        return all(not line.strip() for line in file)
 
 
-def usable(flag: str, rows: list[dict]) -> list[dict]:
-    """Each question once, and only answers that equal themselves; says what was dropped."""
-    once = list({row["question"]: row for row in rows}.values())
-    if len(once) < len(rows):
-        print(f"{flag}: {len(rows) - len(once)} of {len(rows)} rows dropped, their questions come again further down")
-    rows = once
-    verdicts = [verifier.verifiable(row["answer"]) for row in rows]
-    good, bad = ([row for row, v in zip(rows, verdicts, strict=True) if v is side] for side in (True, False))
+def read_columns(flag: str, rows, question_column: str | None, answer_column: str | None) -> list[dict]:
+    """The problems in the rows of a data set. Without given columns, those with the usual names. A row without question
+    or answer is refused."""
+    if len(rows) == 0:
+        fail(f"{flag}: it is empty")
+    columns = rows.column_names
+    question_column = question_column or next((name for name in QUESTION_COLUMNS if name in columns), None)
+    answer_column = answer_column or next((name for name in ANSWER_COLUMNS if name in columns), None)
+    if question_column not in columns:
+        fail(f"{flag}: name one of its columns ({', '.join(columns)}) with --question-column")
+    if answer_column not in columns:
+        fail(f"{flag}: name one of its columns ({', '.join(columns)}) with --answer-column")
+    problems = []
+    for number, row in enumerate(rows, 1):
+        question = row[question_column]
+        if isinstance(question, list):  # a chat: its last user turn
+            turns = [turn for turn in question if isinstance(turn, dict) and turn.get("role") == "user"]
+            question = turns[-1].get("content") if turns else None
+        answer = row[answer_column]
+        if isinstance(answer, dict):
+            answer = answer.get("ground_truth")
+        if answer is None:
+            fail(f"{flag}, line {number}: no answer in its column")
+        if question is None or not str(question).strip():
+            fail(f"{flag}, line {number}: no question in its column")
+        problems.append({"question": str(question), "answer": str(answer)})
+    return problems
+
+
+def usable(flag: str, problems: list[dict]) -> list[dict]:
+    """Each question once, and only answers that verify against themselves. Prints what was dropped."""
+    by_question = {problem["question"]: problem for problem in problems}
+    unique = list(by_question.values())
+    if len(unique) < len(problems):
+        dropped = len(problems) - len(unique)
+        print(f"{flag}: {dropped} of {len(problems)} rows dropped: a later row has the same question")
+    verdicts = [verifier.verifiable(problem["answer"]) for problem in unique]
+    good = [problem for problem, is_good in zip(unique, verdicts, strict=True) if is_good]
+    bad = [problem for problem, is_good in zip(unique, verdicts, strict=True) if not is_good]
     if bad:
-        shown = "; ".join(repr(verifier.gold_answer(row["answer"])[:40]) for row in bad[:3])
-        print(f"{flag}: {len(bad)} of {len(rows)} rows dropped, their answers cannot be verified: {shown}")
+        examples = "; ".join(repr(verifier.gold_answer(problem["answer"])[:40]) for problem in bad[:3])
+        print(f"{flag}: {len(bad)} of {len(unique)} rows dropped: their answers cannot be verified: {examples}")
     if not good:
-        fail(f"{flag}: none of its {len(rows)} rows has an answer that can be verified")
+        fail(f"{flag}: none of its {len(unique)} rows has an answer that can be verified")
     return good
 
 
-def load_rows(cfg) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and at most eval_rows to evaluate on, without a question in common.
-
-    Evaluation rows come from --eval-dataset, else from the --eval-split of the data set, else they are held out.
-    """
-    columns, flag = (cfg.question_column, cfg.answer_column), f"--dataset {cfg.dataset}"
-    if cfg.dataset == "arithmetic":
-        train = tiny.problems(8192, cfg.seed, held_out=False)
-    else:
-        train = open_dataset("--dataset", cfg.dataset, cfg.dataset_config, cfg.train_split)
-        if train is None:
-            fail(f"{flag}: no split {cfg.train_split!r}; name one with --train-split")
-        train = usable(flag, as_rows(flag, train, *columns))
-        random.Random(0).shuffle(train)
-    if not cfg.eval_rows:
-        return train, []
-    if (cfg.eval_dataset or cfg.dataset) == "arithmetic":
-        held = tiny.problems(cfg.eval_rows, 0, held_out=True)
-    elif cfg.eval_dataset or not Path(cfg.dataset).is_file():
-        other, flag = cfg.eval_dataset or cfg.dataset, f"--eval-dataset {cfg.eval_dataset or cfg.dataset}"
-        held = open_dataset("--eval-dataset", other, None if cfg.eval_dataset else cfg.dataset_config, cfg.eval_split)
-        if held is None and (cfg.eval_dataset or cfg.eval_split != "test"):
-            fail(f"{flag}: no split {cfg.eval_split!r}; name one with --eval-split")
-        if held:  # a data set of its own may have other columns
-            columns = [c if c in held.column_names or not cfg.eval_dataset else None for c in columns]
-            held = usable(flag, as_rows(flag, held, *columns))
-        random.Random(0).shuffle(held or [])
-    else:
-        held = None
-    if not held:
-        held, train = train[: cfg.eval_rows], train[cfg.eval_rows :]
-        print(f"--dataset {cfg.dataset}: no split to evaluate on, so {len(held)} of its rows are held out")
-    held = held[: cfg.eval_rows]
-    asked = {" ".join(row["question"].split()) for row in held}
-    kept = [row for row in train if " ".join(row["question"].split()) not in asked]
-    if len(kept) < len(train):
-        print(f"--dataset: {len(train) - len(kept)} rows dropped, their questions are also among those to evaluate on")
-    if not kept:
-        fail(f"--dataset {cfg.dataset}: no rows are left to train on beside --eval-rows {cfg.eval_rows}")
-    return kept, held
-
-
-def longest_completion(cfg) -> int:
-    """--max-new-tokens, or what is enough for the data set."""
-    return cfg.max_new_tokens or (64 if cfg.dataset == "arithmetic" else 512)
-
-
-def encode(cfg, model, tokenizer, rows: list[dict]) -> list[dict]:
-    """Adds "prompt_ids" to rows; drops those too long for --max-prompt-tokens or for the model's positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    longest = min(cfg.max_prompt_tokens, limit - cfg.max_new_tokens)
+def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]:
+    """Adds "prompt_ids" to the problems. Drops those too long for --max-prompt-tokens or for the model's positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    longest = min(cfg.max_prompt_tokens, positions - cfg.max_new_tokens)
     if longest < 1:
-        fail(f"--max-new-tokens {cfg.max_new_tokens}: no room for a prompt in the model's {limit} positions")
+        fail(f"--max-new-tokens {cfg.max_new_tokens}: no room for a prompt in the model's {positions} positions")
     if not tokenizer.chat_template and "{question}" not in cfg.prompt_template:
-        fail(f"--prompt-template {cfg.prompt_template!r}: it must say where the question goes, by {{question}}")
-    rows = [
-        {**row, "prompt_ids": prompt_ids(tokenizer, row["question"], cfg.system, cfg.prompt_template)} for row in rows
-    ]
-    kept = [row for row in rows if len(row["prompt_ids"]) <= longest]
-    if len(kept) < len(rows):
-        print(
-            f"{len(rows) - len(kept)} of {len(rows)} rows dropped, their prompts are longer than {longest:.0f} tokens"
-        )
-    if rows and not kept:
-        shortest = min(len(row["prompt_ids"]) for row in rows)
+        fail(f"--prompt-template {cfg.prompt_template!r}: it must contain {{question}}, where the question goes")
+    encoded = []
+    for problem in problems:
+        ids = prompt_ids(tokenizer, problem["question"], cfg.system, cfg.prompt_template)
+        encoded.append({**problem, "prompt_ids": ids})
+    kept = [problem for problem in encoded if len(problem["prompt_ids"]) <= longest]
+    if len(kept) < len(encoded):
+        dropped = len(encoded) - len(kept)
+        print(f"{dropped} of {len(encoded)} rows dropped: their prompts are longer than {longest:.0f} tokens")
+    if encoded and not kept:
+        shortest = min(len(problem["prompt_ids"]) for problem in encoded)
         fail(f"every prompt is longer than {longest:.0f} tokens (the shortest has {shortest}): "
              "give a larger --max-prompt-tokens or a smaller --max-new-tokens")  # fmt: skip
     return kept
-
-
-def order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n training rows, the epoch-th time through them."""
-    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
-
-
-def texts(tokenizer, rollout: common.Rollout, rows: list[dict]) -> list[dict]:
-    """What people read of each completion: question, answer, completion. rows: one a prompt, in the rollout's order."""
-    kept = zip(rollout.completion_ids.tolist(), rollout.lengths().long().tolist(), strict=True)
-    completions = tokenizer.batch_decode([ids[:n] for ids, n in kept], skip_special_tokens=True)
-    asked = (row for row in rows for _ in range(len(rollout) // len(rows)))
-    return [
-        {"question": row["question"], "answer": row["answer"], "completion": text}
-        for text, row in zip(completions, asked, strict=True)
-    ]

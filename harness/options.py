@@ -1,34 +1,43 @@
-"""The options that every run has, and the command line made of them and of a method's own."""
+"""The options that every run has, and the command line that is built from them and from a method's own options."""
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import sys
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn, TypeVar
+
+C = TypeVar("C")
 
 
-def fail(message: str):
-    """Ends the program with one line on stderr and exit status 2: for what the user can put right."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, which all come here, one line is enough
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line on stderr and exit status 2: for mistakes that the user can correct."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a torchrun come here; one line is enough
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def option(default, help: str, above: float | None = None, at_least: float | None = None):
-    """A field of a config: its default, the text that --help shows, and the bounds that `parse` checks."""
-    return dataclasses.field(default=default, metadata={"help": help, "bounds": dict(above=above, at_least=at_least)})
+def option(
+    default: Any, help: str, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> Any:
+    """A field of a config: its default, its text in --help, and the bounds that `parse` checks."""
+    bounds = {"above": above, "at_least": at_least, "at_most": at_most}
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
 
 
 @dataclass
 class RunConfig:
-    model: str | None = option(None, "hub name or local folder; without it: the tiny base, <out>/tiny-base")
-    trust_remote_code: bool = option(False, "run code that the checkpoint brings along")
-    gradient_checkpointing: bool = option(False, "compute activations twice to hold fewer of them")
+    """lr, max_new_tokens and token_budget are None until `resolve_defaults` fills them in."""
+
+    model: str | None = option(None, "hub name or local folder; without it: the tiny base")
+    trust_remote_code: bool = option(False, "run code that comes with the checkpoint")
+    gradient_checkpointing: bool = option(False, "less memory, more time: compute activations twice")
     fsdp: bool = option(False, "under torchrun: split weights, gradients and AdamW over the GPUs (FSDP2)")
     dataset: str = option("arithmetic", "arithmetic (built in), a hub name, a JSON/JSONL/Parquet file, a saved folder")
     dataset_config: str | None = option(None, "the hub data set's configuration; without it: main, or its first")
@@ -47,90 +56,142 @@ class RunConfig:
 
     n_prompts: int = option(32, "Q, prompts a step", at_least=1)
     group_size: int = option(8, "G, completions a prompt", at_least=2)
-    max_new_tokens: int | None = option(None, "longest completion; without it: 64 for arithmetic, else 512", at_least=1)
+    max_new_tokens: int = option(None, "longest completion; without it: 64 for arithmetic, else 512", at_least=1)
     temperature: float = option(1.0, "of sampling, and so of every log-prob and entropy", above=0)
-    cuda_graphs: bool = option(False, "decode with fixed shapes and CUDA graphs; written without a GPU, not measured")
-    rollout_rows: int = option(1024, "completions sampled at a time: memory, not results", at_least=1)
+    cuda_graphs: bool = option(False, "sample with fixed shapes and CUDA graphs")
+    rollout_rows: int = option(1024, "completions sampled at a time; changes memory, not results", at_least=1)
 
     steps: int = option(60, "rollout-and-update steps", at_least=0)
-    stop_tokens: int | None = option(None, "end earlier, once so many completion tokens were sampled", at_least=1)
-    lr: float | None = option(None, "AdamW's; without it: 2e-4 below 10M parameters, else 1e-6", above=0)
+    stop_tokens: int | None = option(None, "end earlier, after this many sampled completion tokens", at_least=1)
+    lr: float = option(None, "AdamW's; without it: 2e-4 below 10M parameters, else 1e-6", above=0)
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
-    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", above=0)
-    minibatches: int = option(1, "optimizer steps a rollout, each on its share of the rows", at_least=1)
-    token_budget: int | None = option(None, "tokens of a micro-batch; without it: 2048, on a GPU 16384", at_least=1)
+    max_grad_norm: float = option(1.0, "a larger gradient is scaled down to this norm", above=0)
+    minibatches: int = option(1, "optimizer steps a rollout, each on its part of the rows", at_least=1)
+    token_budget: int = option(None, "tokens of a micro-batch; without it: 2048, on a GPU 16384", at_least=1)
 
     eval_rows: int = option(256, "held-out problems to evaluate on; 0: no evaluation", at_least=0)
     eval_k: int = option(8, "completions a problem for mean@k and pass@k", at_least=1)
-    eval_every: int = option(0, "evaluate also every so many steps; 0: before and after", at_least=0)
+    eval_every: int = option(0, "evaluate also after every N steps; 0: before and after the run", at_least=0)
     eval_only: bool = option(False, "evaluate the model and stop")
 
     seed: int = option(0, "decides the order of the prompts and every sample", at_least=0)
     out: str = option("runs", "folder that holds all runs")
     name: str | None = option(None, "folder of this run inside <out>; without it: <method>-1, -2, ...")
-    save_every: int = option(0, "checkpoint every so many steps; 0: at the end", at_least=0)
-    resume: str | None = option(None, "folder of a run to go on with, by its own options and what else is given")
+    save_every: int = option(0, "write a checkpoint after every N steps; 0: at the end", at_least=0)
+    resume: str | None = option(None, "run folder to continue; its stored options apply unless given again")
     log_completions: int = option(4, "completions a step to keep in completions.jsonl", at_least=0)
     track: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "where else the metrics go")
     save_plots: bool = option(True, "draw curves.png at the end, if matplotlib is installed")
 
 
-# The option that opens each section of --help.
-SECTIONS = dict(model="model and data", n_prompts="rollouts", steps="updates", eval_rows="evaluation", seed="files")
+# The first option of each section of --help.
+SECTIONS = {
+    "model": "model and data",
+    "n_prompts": "rollouts",
+    "steps": "updates",
+    "eval_rows": "evaluation",
+    "seed": "files",
+}
 
 
-def parse(config_class: type, doc: str, argv: list[str] | None = None):
-    """The command line as a `config_class`. What is unknown or out of bounds ends the program with status 2."""
-    # Of the docstring the title is enough here: the equations are for who opens the file.
-    about = dict(description=doc.split("\n\n")[0], usage="%(prog)s [options]")
-    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
-    parser.error = fail
-    fields, hints = dataclasses.fields(config_class), typing.get_type_hints(config_class)
-    shared = {f.name for f in dataclasses.fields(RunConfig)}
+def parse(config_class: type[C], doc: str | None, argv: list[str] | None = None) -> C:
+    """The command line as a `config_class`. An unknown or impossible option ends the program with status 2."""
+    # Only the title of the docstring: the equations are for people who open the file.
+    title = (doc or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=title, usage="%(prog)s [options]", allow_abbrev=False)
+    parser.error = fail  # type: ignore[method-assign, assignment]
+    hints = typing.get_type_hints(config_class)
+    shared_names = {field.name for field in dataclasses.fields(RunConfig)}
+    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     section = parser.add_argument_group("this method")
-    for f in sorted(fields, key=lambda f: f.name in shared):  # the method's own first
-        if f.name in SECTIONS:
-            section = parser.add_argument_group(SECTIONS[f.name])
-        section.add_argument("--" + f.name.replace("_", "-"), **keywords(f, hints[f.name]))
+    for field in sorted(fields, key=lambda field: field.name in shared_names):  # the method's own options come first
+        if field.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[field.name])
+        add_option(section, field, hints[field.name])
     args = parser.parse_args(argv)
-    if args.resume:  # the run's own options, then once more what the command line says
-        try:
-            stored = json.loads((Path(args.resume) / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            fail(f"--resume {args.resume}: no readable config.json in it ({error})")
-        if stored.pop("method", None) != (method := Path(sys.argv[0]).stem):
-            fail(f"--resume {args.resume}: it is not a run of {method}.py")
-        if unknown := stored.keys() - vars(args).keys():
-            fail(f"--resume {args.resume}: its config.json has options that {method}.py lacks: {', '.join(unknown)}")
-        parser.set_defaults(**stored)
+    if args.resume:  # the run's stored options become the defaults; what the command line gives still wins
+        parser.set_defaults(**stored_options(args.resume, vars(args).keys()))
         args = parser.parse_args(argv)
     return config_class(**vars(args))
 
 
-def keywords(field: dataclasses.Field, hint: type) -> dict:
-    """What argparse's add_argument is to know of a field with this type hint."""
-    shown = "" if field.default is None else f" [{field.default!r}]".replace("%", "%%")
-    known = dict(default=field.default, help=field.metadata["help"] + shown)
+def stored_options(folder: str, known: typing.Iterable[str]) -> dict:
+    """The options in the config.json of a run folder. Fails if it is no run of this script."""
+    script = Path(sys.argv[0]).stem
+    try:
+        stored = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        fail(f"--resume {folder}: no readable config.json in it ({error})")
+    if stored.pop("method", None) != script:
+        fail(f"--resume {folder}: it is not a run of {script}.py")
+    unknown = sorted(stored.keys() - set(known))
+    if unknown:
+        fail(f"--resume {folder}: its config.json has options that {script}.py lacks: {', '.join(unknown)}")
+    return stored
+
+
+def add_option(parser, field: dataclasses.Field, hint: Any) -> None:
+    """Adds a config field to an argparse parser (or section) as the option --its-name."""
+    flag = "--" + field.name.replace("_", "-")
+    shown_default = "" if field.default is None else f" [{field.default!r}]".replace("%", "%%")
+    help = field.metadata["help"] + shown_default
     if typing.get_origin(hint) is Literal:
-        return known | dict(choices=typing.get_args(hint))
-    if hint is bool:
-        return known | dict(action=argparse.BooleanOptionalAction)
-    kind = next(iter(typing.get_args(hint)), hint)
-    return known | dict(type=bounded(kind, **field.metadata["bounds"]), metavar=kind.__name__.upper())
+        parser.add_argument(flag, default=field.default, help=help, choices=typing.get_args(hint))
+    elif hint is bool:
+        parser.add_argument(flag, default=field.default, help=help, action=argparse.BooleanOptionalAction)
+    else:
+        value_type = next(iter(typing.get_args(hint)), hint)  # of `int | None`: int
+        convert = bounded(value_type, **field.metadata["bounds"])
+        parser.add_argument(flag, default=field.default, help=help, type=convert, metavar=value_type.__name__.upper())
 
 
-def bounded(kind: type, above: float | None, at_least: float | None):
-    """A converter from text for argparse that refuses numbers out of bounds."""
+def bounded(
+    value_type: type, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> Callable[[str], Any]:
+    """A converter for argparse, from text to a value. It refuses numbers that are out of bounds or not finite."""
 
-    def convert(text: str):
-        value = kind(text)
+    def convert(text: str) -> Any:
+        value = value_type(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
         if above is not None and not value > above:
             raise argparse.ArgumentTypeError(f"must be above {above}, not {text}")
         if at_least is not None and not value >= at_least:
             raise argparse.ArgumentTypeError(f"must be at least {at_least}, not {text}")
+        if at_most is not None and not value <= at_most:
+            raise argparse.ArgumentTypeError(f"must be at most {at_most}, not {text}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    convert.__name__ = value_type.__name__  # argparse shows this name when the text is not a number
     return convert
+
+
+def check_options(cfg: RunConfig) -> None:
+    """Refuses what is wrong before anything is loaded. Makes the folder --out if all is well."""
+    out = Path(cfg.out)
+    if cfg.fsdp and "LOCAL_RANK" not in os.environ:
+        fail("--fsdp: it splits the model over several processes; start them with torchrun --nproc-per-node N")
+    if cfg.eval_only and not cfg.eval_rows:
+        fail("--eval-only with --eval-rows 0: there is nothing to evaluate on")
+    if cfg.name and Path(cfg.name).name != cfg.name:
+        fail(f"--name {cfg.name}: it must be the name of a folder in --out {cfg.out}, not a path")
+    if cfg.name and not cfg.resume and (out / cfg.name).exists():
+        fail(f"--name {cfg.name}: {out / cfg.name} exists already; choose another, or --resume it")
+    if cfg.track != "none" and not importlib.util.find_spec(cfg.track):
+        fail(f"--track {cfg.track}: the package {cfg.track} is not installed")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        fail(f"--out {out}: {error.strerror or error}")
+
+
+def resolve_defaults(cfg: RunConfig, n_parameters: int, on_gpu: bool) -> None:
+    """Fills in, in place, the defaults that depend on the model, the data set and the machine."""
+    if cfg.lr is None:
+        cfg.lr = 2e-4 if n_parameters < 10_000_000 else 1e-6
+    if cfg.max_new_tokens is None:
+        cfg.max_new_tokens = 64 if cfg.dataset == "arithmetic" else 512
+    if cfg.token_budget is None:
+        cfg.token_budget = 16384 if on_gpu else 2048

@@ -4,9 +4,10 @@ The task is a chain of additions and subtractions, `14-1+8-5?`, in GSM8K's schem
 
     {"question": "14-1+8-5?", "answer": "14-1=13\\n13+8=21\\n21-5=16\\n#### 16"}
 
-The base model is warm-started on demonstrations that mix habits: most work step by step, some take two or three terms
-in one step, some state the answer at once. Every demonstration is correct, but a model this small can only do the
-single steps reliably. So the base *can* solve the task and often *does not*: what RL teaches is to write the steps out.
+The base model is warm-started on demonstrations that mix three habits: most work step by step, some take two or three
+terms in one step, some state the answer at once. Every demonstration is correct, but a model this small is only
+reliable at the single steps. So the base *can* solve the task and often *does not*: RL teaches it to write the steps
+out.
 
 `base(path)` returns a folder that AutoModelForCausalLM and AutoTokenizer load like any other checkpoint.
 """
@@ -18,80 +19,88 @@ import random
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-import files
+from harness import files
 
-MARKER = "#### "  # GSM8K's answer marker; one token, so that a guess is as short as it can be
+MARKER = "#### "  # GSM8K's answer marker; it is one token, so a guess is as short as possible
 MAX_TOTAL = 29  # running totals stay in 0..29
-MODEL = dict(
+MODEL: dict[str, Any] = dict(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     intermediate_size=192, max_position_embeddings=256,
-    # A wide initialisation and untied embeddings: with 0.02 and tied ones the trained base is so sharp that
-    # every RL learning rate either does nothing or destroys it.
+    # A wide initialisation and untied embeddings: with 0.02 and tied embeddings the trained base is so sharp that every
+    # RL learning rate either does nothing or destroys it.
     initializer_range=0.1, tie_word_embeddings=False,
 )  # fmt: skip
-RECIPE = dict(steps=1500, batch_size=32, lr=4e-3, warmup=30, guess=0.3, merge=0.2, min_terms=4, max_terms=6, seed=0)
+RECIPE: dict[str, Any] = dict(
+    steps=1500, batch_size=32, lr=4e-3, warmup=30, guess=0.3, merge=0.2, min_terms=4, max_terms=6, seed=0
+)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
 
 
 def question(rng: random.Random, min_terms: int, max_terms: int, held_out: bool | None) -> str:
-    """One chain such as `14-1+8-5?`. `held_out` selects the side of the split; None draws from both.
+    """One chain such as `14-1+8-5?`. `held_out` chooses the side of the split; None draws from both.
 
-    The split is a property of the text alone (its CRC), so that the held-out problems are disjoint from everything that
-    training or the warm start can draw, for every seed.
+    The side depends on the text alone (on its CRC). So for every seed, the held-out problems are different from
+    everything that training or the warm start can draw.
     """
     while True:
         total = rng.randint(1, 19)
         text = str(total)
         for _ in range(rng.randint(min_terms, max_terms) - 1):
             term = rng.randint(1, 9)
-            sign = rng.choice([s for s in (1, -1) if 0 <= total + s * term <= MAX_TOTAL])
-            total += sign * term
-            text += f"{'+' if sign > 0 else '-'}{term}"
+            possible = [step for step in (term, -term) if 0 <= total + step <= MAX_TOTAL]
+            step = rng.choice(possible)
+            total += step
+            text += f"{step:+d}"
         if held_out is None or held_out == (zlib.crc32(text.encode()) % 8 == 0):
             return text + "?"
 
 
 def solve(rng: random.Random, question: str, guess: float = 0.0, merge: float = 0.0) -> str:
-    """A correct solution. With probability `guess` it states the answer at once; otherwise every step takes one term,
-    or with probability `merge` two or three. Both 0 (the default) gives the fully worked solution."""
+    """A correct solution. With probability `guess` it states the answer at once. Otherwise every step takes one term,
+    or with probability `merge` two or three. With both at 0 (the default) it is the fully worked solution."""
     first, *terms = re.findall(r"[+-]?\d+", question)
-    total, lines = int(first), []
+    total = int(first)
     if rng.random() < guess:
-        return f"{MARKER}{total + sum(map(int, terms))}"
+        return f"{MARKER}{total + sum(int(term) for term in terms)}"
+    lines = []
     while terms:
-        n = min(len(terms), rng.choice((2, 3)) if rng.random() < merge else 1)
-        step, terms = terms[:n], terms[n:]
-        after = total + sum(map(int, step))
-        lines.append(f"{total}{''.join(step)}={after}")
-        total = after
+        n_terms = rng.choice((2, 3)) if rng.random() < merge else 1
+        step = terms[:n_terms]
+        terms = terms[n_terms:]
+        before = total
+        total += sum(int(term) for term in step)
+        lines.append(f"{before}{''.join(step)}={total}")
     return "\n".join([*lines, f"{MARKER}{total}"])
 
 
 def problems(n: int, seed: int, held_out: bool, min_terms: int = 4, max_terms: int = 6) -> list[dict]:
-    """`n` distinct rows {"question", "answer"} of one side of the split, the same for the same seed.
+    """`n` different problems {"question", "answer"} of one side of the split, the same ones for the same seed.
 
     ValueError if there seem to be fewer: there are some hundred chains of two terms, and thousands of three."""
-    rng, rows, in_vain = random.Random(f"{held_out}-{seed}"), {}, 0
-    while len(rows) < n:
-        q, known = question(rng, min_terms, max_terms, held_out), len(rows)
-        rows[q] = {"question": q, "answer": solve(rng, q)}
-        in_vain = in_vain + 1 if len(rows) == known else 0
-        if in_vain > 10_000:
-            raise ValueError(f"found {known} of {n} chains of {min_terms} to {max_terms} terms")
-    return list(rows.values())
+    rng = random.Random(f"{held_out}-{seed}")
+    found: dict[str, dict] = {}
+    repeats = 0  # draws since the last new question
+    while len(found) < n:
+        text = question(rng, min_terms, max_terms, held_out)
+        repeats = repeats + 1 if text in found else 0
+        found[text] = {"question": text, "answer": solve(rng, text)}
+        if repeats > 10_000:
+            raise ValueError(f"found {len(found)} of {n} chains of {min_terms} to {max_terms} terms")
+    return list(found.values())
 
 
 # --- the base model ---------------------------------------------------------------------------------------------------
 
 
 def new_tokenizer():
-    """A character tokenizer, with the answer marker as one token and a chat template that is the bare question."""
+    """A character tokenizer. The answer marker is one token; the chat template is the bare question."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -130,8 +139,8 @@ def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, mi
 
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    # Annealed to zero: a base that stops at a high learning rate carries one huge gradient direction, common to every
-    # batch, that swamps the RL signal.
+    # The learning rate ends at zero: a base that stops at a high one has a huge gradient in one direction, the same in
+    # every batch, which drowns the RL signal.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * n / steps))
     )
@@ -140,14 +149,14 @@ def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, mi
         questions = [question(rng, min_terms, max_terms, held_out=False) for _ in range(batch_size)]
         prompts = tokenizer(questions)["input_ids"]
         answers = tokenizer([solve(rng, q, guess, merge) + tokenizer.eos_token for q in questions])["input_ids"]
-        width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         ids = torch.full((batch_size, width), tokenizer.pad_token_id)
-        learn = torch.zeros(batch_size, width, dtype=torch.bool)  # the places of the completion
-        for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-            ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-            learn[i, len(p) : len(p) + len(a)] = True
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[learn[:, 1:]]
-        loss = F.cross_entropy(logits, ids[:, 1:][learn[:, 1:]])
+        is_answer = torch.zeros(batch_size, width, dtype=torch.bool)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            is_answer[i, len(prompt) : len(prompt) + len(answer)] = True
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[is_answer[:, 1:]]
+        loss = F.cross_entropy(logits, ids[:, 1:][is_answer[:, 1:]])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -159,13 +168,14 @@ def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, mi
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder but the manifest."""
-    found = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+    """SHA-256 of every file of a folder, except the manifest."""
+    files_of_folder = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files_of_folder}
 
 
 def base(path: Path, recipe: dict | None = None) -> Path:
-    """The folder of the tiny base model: `path` itself, built if it is missing, damaged, or of another recipe."""
+    """Returns `path`, the folder of the tiny base model. Builds it first if it is missing or damaged, or if another
+    recipe built it."""
     recipe = {**RECIPE, **(recipe or {})}
     manifest = {"recipe": recipe, "model": MODEL}
     if path.exists():
@@ -174,7 +184,7 @@ def base(path: Path, recipe: dict | None = None) -> Path:
                 return path
         except (OSError, ValueError):
             pass
-        print(f"{path} is damaged or was built by another recipe; it is built anew")
+        print(f"{path} is damaged or was built by another recipe; it is built again")
 
     def write(folder: Path) -> None:
         from transformers.utils import logging

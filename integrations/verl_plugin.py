@@ -2,11 +2,11 @@
 
     PYTHONPATH=<this repository> VERL_USE_EXTERNAL_MODULES=integrations.verl_plugin python -m verl.trainer.main_ppo ...
 
-egsw.py, gtpo.py and grpo_s.py do the computing. Their options go below the method's name: +algorithm.egsw.alpha=0.7.
-integrations/README.md has a whole command line, all keys and the limits.
+The functions are those of egsw.py, gtpo.py and grpo_s.py. Their options go below the method's name, for example
++algorithm.egsw.alpha=0.7. integrations/README.md has a whole command line, all keys and the limits.
 
-verl scores each rollout at the sampling temperature and stores the entropies (nats), but gives them to no estimator.
-The trainers entropy_sync, entropy_colocate_async and entropy_separate_async, otherwise verl's own, do.
+verl scores each rollout at the sampling temperature and stores the entropies (nats), but it gives them to no estimator.
+The trainers entropy_sync, entropy_colocate_async and entropy_separate_async are verl's own, and also do that.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ from verl.trainer.ppo.v1 import get_trainer_cls, register_trainer
 import egsw
 import grpo_s
 import gtpo
-from integrations import token_advantages
+from integrations.methods import SCRIPTS, token_advantages
 
-ENTROPY: ContextVar[Tensor | None] = ContextVar("entropy", default=None)  # [B, T] of the batch in hand
+ENTROPY: ContextVar[Tensor | None] = ContextVar("entropy", default=None)  # [B, T] of the batch that is being computed
 NO_ENTROPY = """{}: no entropies. Set trainer.v1.trainer_mode=entropy_sync (or entropy_colocate_async, or
 entropy_separate_async), and not algorithm.rollout_correction.bypass_mode, which skips the pass that computes them."""
 
@@ -38,33 +38,43 @@ def estimator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """
 
     def estimate(token_level_rewards, response_mask, index, config, **_):
-        if (entropy := ENTROPY.get()) is None:
+        entropy = ENTROPY.get()
+        if entropy is None:
             raise ValueError(NO_ENTROPY.format(name))
-        rows = response_mask.any(1)  # verl fills batches up with rows that have no token, and so no mean entropy
-        group = torch.from_numpy(np.unique(index.astype(str), return_inverse=True)[1]).to(rows.device)
-        inputs = token_level_rewards.sum(1), entropy, response_mask.float(), group
+        compute = token_advantages(name, config.get(name) or {})
+        rewards = token_level_rewards.sum(1)
+        mask = response_mask.float()
+        group = torch.from_numpy(np.unique(index.astype(str), return_inverse=True)[1]).to(mask.device)
+        rows = response_mask.any(1)  # verl fills batches up with rows that have no token
         result = torch.zeros_like(entropy)
-        cfg = token_advantages.config(name, config.get(name) or {})
-        result[rows] = token_advantages.advantages(cfg, *(x[rows] for x in inputs))
+        result[rows] = compute(rewards[rows], entropy[rows], mask[rows], group[rows])
         return result, result
 
     return estimate
 
 
-def sequence_loss(logprobs, old_logprobs, advantages, mask, clip_low, clip_high, ratio="geometric") -> Tensor:
-    """grpo_s.loss of advantages that are [B, T] and the same at every token of a completion. -> [B, T]"""
-    A = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
-    return grpo_s.loss(logprobs, old_logprobs, A, mask, clip_low, clip_high, ratio)
+def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The probability ratio of every token. [b, T]"""
+    return (logprobs - old_logprobs).exp()
 
 
-def policy_loss(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, dict[str, float]]]:
-    """verl's form of a policy loss: [b, T] tensors -> the scalar to differentiate, and metrics. No dual clip, unlike
-    verl's "vanilla": the papers have none."""
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, mean: str = "geometric") -> Tensor:
+    """One ratio per completion, at all of its tokens. [b, 1]"""
+    return grpo_s.sequence_ratio(logprobs, old_logprobs, mask, mean)[:, None]
+
+
+def policy_loss(
+    ratio_of: Callable[..., Tensor], loss: Callable[..., Tensor]
+) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """verl's form of a policy loss: [b, T] tensors -> the scalar to differentiate, and metrics. It has no dual clip,
+    because the papers have none; verl's "vanilla" has one."""
 
     def compute(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights=None):
-        *_, mask = inputs = [x.float() for x in (log_prob, old_log_prob, advantages, response_mask)]  # may be bf16
-        per_token = loss(*inputs, config.clip_ratio_low, config.clip_ratio_high)
-        clipped = (per_token != loss(*inputs, torch.inf, torch.inf)).float()
+        mask = response_mask.float()
+        A = advantages.float()
+        ratio = ratio_of(log_prob.float(), old_log_prob.float(), mask)  # in float32, because verl may give bf16
+        per_token = loss(ratio, A, mask, config.clip_ratio_low, config.clip_ratio_high)
+        clipped = (per_token != -ratio * A * mask).float()
         metrics = {"actor/pg_clipfrac": float((clipped * mask).sum() / mask.sum().clamp(min=1))}
         if rollout_is_weights is not None:
             per_token = per_token * rollout_is_weights
@@ -74,7 +84,7 @@ def policy_loss(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, dict
 
 
 def entropy_trainer(mode: str) -> type:
-    """verl's trainer of this mode, with the stored entropies at hand while it computes advantages."""
+    """verl's trainer of this mode. While it computes advantages, ENTROPY holds the entropies that verl has stored."""
 
     class EntropyTrainer(get_trainer_cls(mode)):
         def __init__(self, config):
@@ -92,11 +102,11 @@ def entropy_trainer(mode: str) -> type:
     return EntropyTrainer
 
 
-for name in token_advantages.SCRIPTS:
+for name in SCRIPTS:
     register_adv_est(name)(estimator(name))
-register_policy_loss("egsw")(policy_loss(egsw.loss))
-register_policy_loss("gtpo")(policy_loss(gtpo.loss))
-register_policy_loss("grpo_s")(policy_loss(sequence_loss))
-register_policy_loss("grpo_s_arithmetic")(policy_loss(partial(sequence_loss, ratio="arithmetic")))
+register_policy_loss("egsw")(policy_loss(token_ratio, egsw.loss))
+register_policy_loss("gtpo")(policy_loss(token_ratio, gtpo.loss))
+register_policy_loss("grpo_s")(policy_loss(sequence_ratio, grpo_s.loss))
+register_policy_loss("grpo_s_arithmetic")(policy_loss(partial(sequence_ratio, mean="arithmetic"), grpo_s.loss))
 for mode in ("sync", "colocate_async", "separate_async"):
     register_trainer(f"entropy_{mode}")(entropy_trainer(mode))

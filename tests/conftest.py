@@ -1,18 +1,13 @@
-"""A toy base model, built once a session: a short warm start on chains of two terms, of which it then solves some."""
+"""A toy base model, built once per session: a short warm start on chains of two terms, some of which it then solves."""
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 
-import tiny
-
-ROOT = Path(__file__).parent.parent
+from harness import tiny
 
 
 @pytest.fixture(scope="session")
@@ -33,22 +28,16 @@ def loaded(toy):
 def toy_data(tmp_path_factory):
     """A data file of chains of two terms."""
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in tiny.problems(60, 0, False, 2, 2)))
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in tiny.problems(60, 0, False, 2, 2)))
     return path
 
 
 @pytest.fixture()
 def small(toy, toy_data, tmp_path):
-    """Options of a run at toy size, in tmp_path; more of them can be given, and then hold instead."""
+    """Options of a run at toy size, in tmp_path. Options that are given come last and win."""
     size = "--steps 2 --n-prompts 6 --group-size 4 --max-new-tokens 12 --eval-rows 4 --eval-k 2 --token-budget 200"
 
     def options(*more):
         return [*map(str, ["--model", toy, "--dataset", toy_data, "--out", tmp_path, *size.split(), *more])]
 
     return options
-
-
-def script(name, *options, **keywords):
-    """Runs a script of the repository as a user would."""
-    command = [sys.executable, str(ROOT / name), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **keywords)

@@ -5,14 +5,14 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare
 import tables
 
-import tiny
+from harness import tiny
 
 
 @pytest.fixture()
@@ -135,6 +135,7 @@ def test_questions_share_cells_and_every_option_exists():
         assert len(set(cells)) == len(cells)
 
 
+@pytest.mark.slow
 def test_cells_run_once_until_their_options_change(work, tmp_path, monkeypatch, capfd):
     arguments = ["--quick", "--seeds", "1", "--jobs", "2", "--work", str(work)]
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The functions of the scripts can be taken elsewhere: they need torch alone, and the README's examples of it run."""
+"""The scripts' functions can be taken elsewhere: they need only torch, and the examples of docs/copying.md run."""
 
 import ast
 import importlib
@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from test_run import SCRIPTS
+from helpers import ROOT, SCRIPTS
 from torch import Tensor
 
 BLOCK = """
@@ -41,9 +40,7 @@ def pure_functions(name):
     return {f.name: ast.unparse(f) for f in tree.body if isinstance(f, ast.FunctionDef) and f.name not in NOT_PURE}
 
 
-def section():
-    text = (ROOT / "README.md").read_text()
-    return text[text.index("## Copy a function") : text.index("## The logged metrics")]
+PAGE = (ROOT / "docs" / "copying.md").read_text()
 
 
 def run_blocked(code):
@@ -52,27 +49,35 @@ def run_blocked(code):
     )
 
 
-def test_the_readme_s_examples_run_with_torch_alone():
-    setup, *examples = re.findall(r"```python\n(.*?)```", section(), re.DOTALL)
-    assert len(examples) == len(SCRIPTS) and all(len(e.strip().splitlines()) <= 10 for e in examples)
+@pytest.mark.slow
+def test_the_examples_run_with_torch_alone():
+    setup, *examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(examples) == len(SCRIPTS) + 1 and all(len(e.strip().splitlines()) <= 10 for e in examples)
     done = run_blocked("".join(setup + e + "assert logprobs.grad.abs().sum() > 0\n" for e in examples))
     assert done.returncode == 0, done.stderr
 
 
-def test_the_block_blocks():
-    assert "tqdm is blocked" in run_blocked("import tqdm").stderr
+def test_the_readme_quotes_the_loop_and_an_example_as_they_are():
+    loop, example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example in PAGE
+    main = inspect.getsource(importlib.import_module("gtpo").main)
+    code = [line.partition("  #")[0].strip() for line in loop.splitlines()]
+    assert len(code) <= 13
+    for line in code:
+        start = line.partition("(rollout.rewards")[0]  # the call of token_advantages is longer in the script
+        assert start in main, line
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_readme_shows_every_function_that_is_not_a_helper(name):
-    helpers = {"comparison_sets", "share"}  # of gtpo.shaped_rewards and gtpo.advantages
+def test_the_page_shows_every_function_that_is_not_a_helper(name):
+    helpers = {"comparison_sets", "over_mean"}  # of gtpo.shaped_rewards and gtpo.advantages
     for function in pure_functions(name).keys() - helpers:
-        assert re.search(rf"^from {name} import .*\b{function}\b", section(), re.MULTILINE) or function == "k3"
+        assert re.search(rf"^from {name} import .*\b{function}\b", PAGE, re.MULTILINE) or function == "k3", function
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_pasted_functions_give_what_the_script_s_give(name):
-    """All of a script's functions, pasted into a module that has torch and Tensor and nothing else."""
+def test_pasted_functions_need_nothing_but_torch(name):
+    """All of a script's functions run in a module that holds torch and Tensor and nothing else."""
     pasted = {"torch": torch, "Tensor": Tensor}
     for source in pure_functions(name).values():
         exec(source, pasted)
@@ -80,9 +85,19 @@ def test_pasted_functions_give_what_the_script_s_give(name):
     given = dict(
         rewards=torch.tensor([1.0, 0, 0, 1, 1, 0]), group=torch.tensor([3, 8, 3, 8, 3, 8]), mask=torch.ones(6, 5),
         lengths=torch.tensor([5.0, 3, 4, 5, 2, 5]), punishment=torch.zeros(6), gamma=0.75, max_length=5, cache=2.0,
+        max_new_tokens=5, ratio=torch.ones(6, 5),
         scope="batch", compare="column", mean="arithmetic",
     )  # fmt: skip
-    for key in ("entropy", "logprobs", "old_logprobs", "ref_logprobs", "plus", "minus", "shaped", "values"):
+    for key in (
+        "entropy",
+        "logprobs",
+        "old_logprobs",
+        "ref_logprobs",
+        "reward_plus",
+        "reward_minus",
+        "shaped",
+        "values",
+    ):
         given[key] = torch.rand(6, 5, generator=rng)
     for function in pure_functions(name):
         wanted = getattr(script, function)

@@ -1,20 +1,15 @@
-"""Data sets in the layouts that people have, prompts, and model families."""
+"""Data sets in the layouts that people have, and prompts."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import data_folder, error_line
 
-import common
-import data
-import grpo
-import tiny
 import verifier
-from options import RunConfig
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+from harness import data, tiny
+from harness.options import RunConfig
 
 GSM8K = [
     {
@@ -47,18 +42,12 @@ DAPO_17K = [
 
 
 def config(**options):
-    return SimpleNamespace(**{**vars(RunConfig()), "max_new_tokens": 8, **options})
+    return RunConfig(**{"max_new_tokens": 8, **options})
 
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def stopped(capsys):
-    message = capsys.readouterr().err.strip()
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -81,38 +70,38 @@ def test_known_layouts_load_in_every_format(rows, golds, kind, tmp_path):
     else:
         path = str(tmp_path / "folder")
         (datasets.DatasetDict(train=built) if kind == "saved dict" else built).save_to_disk(path)
-    train, held = data.load_rows(config(dataset=path, eval_rows=0))
+    train, held = data.load_problems(config(dataset=path, eval_rows=0))
     assert sorted(verifier.gold_answer(row["answer"]) for row in train) == sorted(golds) and held == []
     assert all(isinstance(row["question"], str) and row["question"] for row in train)
 
 
 def test_columns_can_be_named(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "1+1?", "gold": "2"}, {"text": "1+2?", "gold": "3"}])
-    train, held = data.load_rows(config(dataset=path, question_column="text", answer_column="gold", eval_rows=1))
+    train, held = data.load_problems(config(dataset=path, question_column="text", answer_column="gold", eval_rows=1))
     assert {row["answer"] for row in train + held} == {"2", "3"}
     with pytest.raises(SystemExit):
-        data.load_rows(config(dataset=path))
-    assert "--question-column" in stopped(capsys)
+        data.load_problems(config(dataset=path))
+    assert "--question-column" in error_line(capsys)
     other = write(tmp_path / "b.jsonl", GSM8K)  # with the usual names, whatever those of the first are called
-    _, held = data.load_rows(
+    _, held = data.load_problems(
         config(dataset=path, eval_dataset=other, eval_rows=9, question_column="text", answer_column="gold")
     )
     assert len(held) == 3
 
 
-def test_splits(tmp_path, capsys):
+def test_the_test_split_is_evaluated_on_and_a_missing_split_is_refused(tmp_path, capsys):
     import datasets
 
     built = datasets.DatasetDict(train=datasets.Dataset.from_list(GSM8K), test=datasets.Dataset.from_list(GSM8K[:1]))
     built.save_to_disk(tmp_path / "d")
-    train, held = data.load_rows(config(dataset=str(tmp_path / "d")))
-    assert [row["question"] for row in held] == [GSM8K[0]["question"]] and len(train) == 2
+    train, held = data.load_problems(config(dataset=str(tmp_path / "d")))
+    assert [problem["question"] for problem in held] == [GSM8K[0]["question"]] and len(train) == 2
     with pytest.raises(SystemExit):
-        data.load_rows(config(dataset=str(tmp_path / "d"), train_split="training"))
-    assert "--train-split" in stopped(capsys)
+        data.load_problems(config(dataset=str(tmp_path / "d"), train_split="training"))
+    assert "--train-split" in error_line(capsys)
     with pytest.raises(SystemExit):
-        data.load_rows(config(dataset=str(tmp_path / "d"), eval_split="tset"))
-    assert "--eval-split" in stopped(capsys)
+        data.load_problems(config(dataset=str(tmp_path / "d"), eval_split="tset"))
+    assert "--eval-split" in error_line(capsys)
 
 
 def test_a_hub_data_set_with_configurations(tmp_path):
@@ -128,40 +117,49 @@ def test_a_hub_data_set_with_configurations(tmp_path):
             datasets.Dataset.from_list(rows).to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
             yaml += [f"  - split: {split}", f"    path: {name}/{split}-*"]
     (folder / "README.md").write_text("\n".join([*yaml, "---", ""]))
-    train, held = data.load_rows(config(dataset=str(folder)))
+    train, held = data.load_problems(config(dataset=str(folder)))
     assert len(train) == 2 and len(held) == 1 and all("main: " in row["question"] for row in train + held)
-    train, _ = data.load_rows(config(dataset=str(folder), dataset_config="socratic"))
+    train, _ = data.load_problems(config(dataset=str(folder), dataset_config="socratic"))
     assert all("socratic: " in row["question"] for row in train)
 
 
 def test_training_and_evaluation_never_share_a_question(tmp_path, capsys):
     train = write(tmp_path / "train.jsonl", GSM8K)
     same = [{**GSM8K[1], "question": "  A hall has 25 rows  of 40 seats.\nHow many seats?"}]
-    kept, held = data.load_rows(config(dataset=train, eval_dataset=write(tmp_path / "eval.jsonl", same)))
+    kept, held = data.load_problems(config(dataset=train, eval_dataset=write(tmp_path / "eval.jsonl", same)))
     assert len(held) == 1 and GSM8K[1]["question"] not in [row["question"] for row in kept] and len(kept) == 2
     assert "1 rows dropped" in capsys.readouterr().out
     for seed in range(3):
-        rows, held = data.load_rows(config(dataset="arithmetic", seed=seed))
+        rows, held = data.load_problems(config(dataset="arithmetic", seed=seed))
         assert not {row["question"] for row in rows} & {row["question"] for row in held}
 
 
 def test_the_built_in_task_can_be_evaluated_on_something_else(tmp_path):
-    train, held = data.load_rows(config(eval_dataset=write(tmp_path / "eval.jsonl", GSM8K)))
+    train, held = data.load_problems(config(eval_dataset=write(tmp_path / "eval.jsonl", GSM8K)))
     assert len(train) == 8192 and {row["question"] for row in held} == {row["question"] for row in GSM8K}
 
 
 def test_questions_that_come_twice_are_dropped_and_counted(tmp_path, capsys):
-    train, _ = data.load_rows(config(dataset=write(tmp_path / "a.jsonl", [*GSM8K, GSM8K[0]]), eval_rows=0))
+    train, _ = data.load_problems(config(dataset=write(tmp_path / "a.jsonl", [*GSM8K, GSM8K[0]]), eval_rows=0))
     assert len(train) == 3 and "1 of 4 rows dropped" in capsys.readouterr().out
 
 
 def test_answers_that_cannot_be_verified_are_dropped_and_counted(tmp_path, capsys):
     bad = [{"question": "Why?", "answer": "because it was raining all day long"}, {"question": "Who?", "answer": ""}]
-    train, _ = data.load_rows(config(dataset=write(tmp_path / "a.jsonl", GSM8K + bad), eval_rows=0))
+    train, _ = data.load_problems(config(dataset=write(tmp_path / "a.jsonl", GSM8K + bad), eval_rows=0))
     assert len(train) == 3 and "2 of 5 rows dropped" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        data.load_rows(config(dataset=write(tmp_path / "b.jsonl", bad), eval_rows=0))
-    assert "none of its 2 rows" in stopped(capsys)
+        data.load_problems(config(dataset=write(tmp_path / "b.jsonl", bad), eval_rows=0))
+    assert "none of its 2 rows" in error_line(capsys)
+
+
+@pytest.mark.parametrize("content, name", [("", "a.jsonl"), (" \n\n", "a.jsonl"), ("[]", "a.json")])
+def test_an_empty_file_is_refused_as_empty(content, name, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    for options in (dict(dataset=str(tmp_path / name)), dict(eval_dataset=str(tmp_path / name))):
+        with pytest.raises(SystemExit) as stop:
+            data.load_problems(config(**options))
+        assert stop.value.code == 2 and "empty" in error_line(capsys)
 
 
 def test_overlong_prompts_are_dropped_and_counted(capsys):
@@ -171,35 +169,34 @@ def test_overlong_prompts_are_dropped_and_counted(capsys):
     assert "1 of 2 rows dropped" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         data.encode(config(max_prompt_tokens=2), model, tokenizer, rows)
-    assert "--max-prompt-tokens" in stopped(capsys)
+    assert "--max-prompt-tokens" in error_line(capsys)
     with pytest.raises(SystemExit):
         data.encode(config(max_new_tokens=model.config.max_position_embeddings), model, tokenizer, rows)
-    assert "--max-new-tokens" in stopped(capsys)
+    assert "--max-new-tokens" in error_line(capsys)
 
 
 def test_the_hub_out_of_reach_is_one_line_with_the_way_out(capsys):
     with pytest.raises(SystemExit) as stop:
-        data.load_rows(config(dataset="openai/no-such-set-here"))
-    assert stop.value.code == 2 and "local file or folder" in stopped(capsys)
+        data.load_problems(config(dataset="openai/no-such-set-here"))
+    assert stop.value.code == 2 and "local file or folder" in error_line(capsys)
     with pytest.raises(SystemExit) as stop:
         data.load_model("Qwen/no-such-model-here", torch.device("cpu"))
-    assert stop.value.code == 2 and "local folder" in stopped(capsys)
+    assert stop.value.code == 2 and "local folder" in error_line(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, count", [("gsm8k/train", 7473), ("gsm8k/test", 1319), ("math500/test", 500),
                                          ("aime/aime24", 30), ("aime/aime25", 30)])  # fmt: skip
-def test_real_data(name, count):
-    path = SHARED / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip("the data set is not here")
-    train, _ = data.load_rows(config(dataset=str(path), eval_rows=0))
+def test_every_row_of_the_real_data_sets_is_usable(name, count):
+    path = data_folder() / f"{name}.jsonl"
+    train, _ = data.load_problems(config(dataset=str(path), eval_rows=0))
     assert len(train) == count
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def test_prompts(capsys):
+def test_prompts_take_the_chat_template_or_else_the_prompt_template(capsys):
     tokenizer = tiny.new_tokenizer()
 
     def asked(system="think"):
@@ -219,127 +216,4 @@ def test_prompts(capsys):
     assert asked() == "3+1+2="
     with pytest.raises(SystemExit):
         data.encode(config(prompt_template="{q}?"), tiny.new_model(tokenizer, 0), tokenizer, [{"question": "1+2?"}])
-    assert "--prompt-template" in stopped(capsys)
-
-
-# --- families ---------------------------------------------------------------------------------------------------------
-
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             head_dim=8, max_position_embeddings=64)  # fmt: skip
-FAMILIES = {
-    "Qwen2": dict(SMALL, tie_word_embeddings=True),
-    "Qwen3": dict(SMALL, tie_word_embeddings=False),
-    "Llama": dict(SMALL, tie_word_embeddings=False),
-    "Mistral": dict(SMALL, sliding_window=8),
-    "Gemma2": dict(SMALL, final_logit_softcapping=3.0, sliding_window=8, query_pre_attn_scalar=8),
-    "Gemma3Text": dict(SMALL, sliding_window=8, query_pre_attn_scalar=8),
-    "Cohere": dict(SMALL, logit_scale=0.25),
-    "Granite": dict(SMALL, logits_scaling=4.0),
-    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "Phi": dict(SMALL),  # a bias in its head
-}
-
-
-def checkpoint(family, folder):
-    """A random model of the family, written with the tiny task's tokenizer."""
-    import transformers
-
-    tokenizer = tiny.new_tokenizer()
-    ids = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    torch.manual_seed(0)
-    settings = getattr(transformers, f"{family}Config")(**FAMILIES[family], **ids)
-    model = transformers.AutoModelForCausalLM.from_config(settings)
-    for p in model.parameters():  # far from a uniform distribution, so that a forgotten factor shows
-        p.data = p.data * 3 if p.dim() == 2 else p.data + 0.1 * torch.randn_like(p)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_family(family, gradient_checkpointing, tmp_path):
-    """Sampling and scoring agree, one step trains, and what was saved loads again."""
-    cpu = torch.device("cpu")
-    model, tokenizer = data.load_model(
-        checkpoint(family, tmp_path / "a"), cpu, gradient_checkpointing=gradient_checkpointing
-    )
-    prompts = tokenizer(["1+2?", "12+3-4+5-6+7?", "9-8?"])["input_ids"]
-    uniforms = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
-    r = common.sample(model, prompts, 4, 20, data.stop_ids(model, tokenizer), uniforms, temperature=0.8)
-    fixed = common.sample(
-        model, prompts, 4, 20, data.stop_ids(model, tokenizer), uniforms, temperature=0.8, fixed=True
-    )  # fixed shapes, or where its attention does not allow them the plain loop
-    assert torch.equal(fixed.mask, r.mask)
-    torch.testing.assert_close(fixed.logprobs, r.logprobs, atol=2e-4, rtol=1e-4)
-    logprobs, entropy = common.score(model, r, 0.8, 100)
-    torch.testing.assert_close(logprobs, r.logprobs, atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(entropy, r.entropy, atol=2e-4, rtol=1e-4)
-
-    full, row = model(torch.cat([r.prompt_ids[4], r.completion_ids[4]])[None]).logits[0].detach(), int(r.mask[4].sum())
-    P = len(prompts[1])
-    expected = (full[P - 1 : P - 1 + row] / 0.8).log_softmax(-1).gather(1, r.completion_ids[4, :row, None]).squeeze(1)
-    torch.testing.assert_close(r.logprobs[4, :row], expected, atol=2e-4, rtol=1e-4)  # and with the model's own logits
-
-    r.rewards = (torch.arange(12) % 2).float()
-    A = grpo.advantages(r.rewards, r.group)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    before = [p.detach().clone() for p in model.parameters()]
-
-    def objective(new, old, rows):
-        return grpo.loss(new, old, A[rows], r.mask[rows]), {}
-
-    metrics = common.update(model, optimizer, scheduler, r, objective, "token", A, 0.8, token_budget=100)
-    assert metrics["grad_norm"] > 0 and metrics["skipped_updates"] == 0
-    assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    model.save_pretrained(tmp_path / "b")
-    tokenizer.save_pretrained(tmp_path / "b")
-    again, _ = data.load_model(str(tmp_path / "b"), cpu)
-    for a, b in zip(again.parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_head_gradients_with_scale_cap_and_bias():
-    """fast.HeadLogprobs against autograd, in float64."""
-    import fast
-
-    g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((5, 4), (7, 4), (7,)))
-    targets = torch.tensor([0, 3, 6, 1, 1])
-
-    def plain(hidden, weight, bias):
-        z = (hidden @ weight.T + bias) * 0.5
-        logp = (torch.tanh(z / 2) * 2 / 0.7).log_softmax(-1)
-        return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
-
-    results = []
-    for function in (plain, lambda *x: fast.HeadLogprobs.apply(*x, targets, 0.7, 0.5, 2.0, 2)):
-        inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        logp, entropy = function(*inputs)
-        (logp * torch.arange(1, 6)).sum().add(entropy.sum() * 0.3).backward()
-        results.append([logp, entropy, *(x.grad for x in inputs)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), atol=1e-5, rtol=1e-5)
-
-
-def test_no_end_token_is_refused(tmp_path, capsys):
-    model, tokenizer = data.load_model(checkpoint("Qwen3", tmp_path / "a"), torch.device("cpu"))
-    assert data.stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
-    model.generation_config.eos_token_id = [5, 6]
-    assert data.stop_ids(model, tokenizer) == sorted({5, 6, tokenizer.eos_token_id})
-    tokenizer.eos_token, model.generation_config.eos_token_id = None, None
-    with pytest.raises(SystemExit):
-        data.stop_ids(model, tokenizer)
-    assert "end-of-sequence" in stopped(capsys)
-
-
-def test_pickled_weights_are_refused(tmp_path, capsys):
-    folder = Path(checkpoint("Qwen3", tmp_path / "a"))
-    from safetensors.torch import load_file
-
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(SystemExit):
-        data.load_model(str(folder), torch.device("cpu"))
-    assert "safetensors" in stopped(capsys)
+    assert "--prompt-template" in error_line(capsys)

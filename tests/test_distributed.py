@@ -9,15 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT
+from helpers import ROOT, SCRIPTS, call, lines, refused
 from safetensors.torch import load_file
-from test_resume import final
-from test_run import SCRIPTS, call, lines, refused
 
-import common
-import distributed
+from harness import distributed
 
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -25,7 +22,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 WORKER = """
 import importlib, json, sys
 import torch.distributed as dist
-import distributed
+from harness import distributed
 distributed.finish = dist.barrier
 for name, *options in json.loads(sys.argv[1]):
     sys.argv = [f"{name}.py", *options]
@@ -50,6 +47,10 @@ def two_processes(tmp_path, *runs):
         command, env={**ONE_THREAD, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[:6000]
+
+
+def final(folder):
+    return load_file(folder / "model" / "model.safetensors")
 
 
 def distance(a, b):
@@ -157,8 +158,10 @@ def test_an_interrupt_ends_all_processes_after_the_step(to_all, small, tmp_path)
     process, folder = started(*small("--name", "r")), tmp_path / "r"
     try:
         wait_for_steps(folder, 2)
-        # A terminal's Ctrl-C reaches torchrun and its processes, a scheduler's SIGTERM torchrun alone.
-        os.killpg(process.pid, signal.SIGINT) if to_all else os.kill(process.pid, signal.SIGTERM)
+        if to_all:  # as a terminal's Ctrl-C
+            os.killpg(process.pid, signal.SIGINT)
+        else:  # as a scheduler's SIGTERM, which reaches torchrun alone
+            os.kill(process.pid, signal.SIGTERM)
         error = process.communicate(timeout=60)[1]
     finally:
         process.kill()
@@ -183,30 +186,11 @@ def test_fsdp_without_torchrun_is_refused(small, tmp_path, monkeypatch, capsys):
 # --- how the work is split --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_every_row_is_scored_by_one_process_and_all_take_as_many_steps(world, loaded, monkeypatch):
-    model, tokenizer = loaded
-    prompts = tokenizer([f"{i}+{j}?" for i, j in ((1, 2), (3, 4), (5, 6))])["input_ids"]
-    numbers = torch.rand(12, 8, generator=torch.Generator().manual_seed(0))
-    rollout = common.sample(model, prompts, 4, 8, [tokenizer.eos_token_id], numbers)
-    monkeypatch.setattr(distributed, "world", lambda: world)
-    seen, counts = [], set()
-    for rank in range(world):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        plan = common.scoring_plan(rollout, torch.arange(1, 12), 30)
-        counts.add(len(plan))
-        for distinct, rows, line in plan:
-            assert len(distinct) and torch.equal(rollout.completion_ids[distinct][line] * rollout.mask[rows].long(),
-                                                 rollout.completion_ids[rows] * rollout.mask[rows].long())  # fmt: skip
-            seen += rows.tolist()
-    assert sorted(seen) == list(range(1, 12)) and len(counts) == 1
-
-
 @pytest.mark.parametrize("n", [0, 1, 5, 8])
 def test_shares_of_the_prompts_follow_each_other_and_leave_none_out(n, monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     taken = []
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        taken += range(n)[distributed.mine(n)]
+        taken += range(n)[distributed.my_slice(n)]
     assert taken == list(range(n))

@@ -1,60 +1,36 @@
 """The pure functions of the five scripts: each equation against plain loops, and the facts they must satisfy."""
 
+import inspect
 import math
+from dataclasses import asdict
+from types import SimpleNamespace
 
+import plain
 import pytest
 import torch
+from helpers import SCRIPTS, batch, error_line, random_logprobs, token_advantages
 
 import dapo
 import egsw
 import grpo
 import grpo_s
 import gtpo
-from common import loss_weights
-
-METHODS = [grpo, dapo, egsw, gtpo, grpo_s]
-
-
-def batch(seed=0, groups=3, size=4, T=6, mixed=True):
-    """Rewards, group, mask and entropy of a random batch; every group has right and wrong rows if `mixed`."""
-    g = torch.Generator().manual_seed(seed)
-    B = groups * size
-    rewards = torch.randint(0, 2, (B,), generator=g).float()
-    if mixed:
-        rewards[::size], rewards[1::size] = 1.0, 0.0
-    lengths = torch.randint(1, T + 1, (B,), generator=g)
-    mask = (torch.arange(T) < lengths[:, None]).float()
-    entropy = (torch.rand(B, T, generator=g) * 2 + 0.01) * mask
-    return rewards, torch.arange(groups).repeat_interleave(size), mask, entropy
+from common import Rollout, loss_weights
+from harness.options import parse
 
 
-def logprobs(mask, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    old = -torch.rand(mask.shape, generator=g) * mask
-    new = (old + 0.5 * torch.randn(mask.shape, generator=g)) * mask
-    return new.requires_grad_(), old
+def method_loss(name, new, old, rewards, group, mask, entropy):
+    """The method's scalar loss at its defaults, from its token advantages."""
+    A = token_advantages(name, rewards, entropy, mask, group)
+    if name == "grpo_s":
+        ratio = grpo_s.sequence_ratio(new, old, mask)[:, None]
+    else:
+        ratio = (new - old).exp()
+    return (SCRIPTS[name].loss(ratio, A, mask) * loss_weights(mask, reduction_of(name))).sum()
 
 
-def method_advantages(method, rewards, group, mask, entropy):
-    """[B] or [B, T], with the method's defaults."""
-    if method is dapo:
-        return dapo.advantages(rewards, group, dapo.overlong_punishment(mask.sum(1), 6, 2))
-    if method is gtpo:
-        shaped = gtpo.shaped_rewards(rewards, entropy, mask, group)
-        return gtpo.advantages(*shaped, rewards, mask, group)
-    if method is grpo_s:
-        return grpo_s.advantages(grpo_s.shaped_rewards(rewards, entropy, mask, group), rewards, group)
-    return method.advantages(rewards, group)
-
-
-def method_loss(method, new, old, rewards, group, mask, entropy):
-    """The method's scalar loss, as its main() puts it together."""
-    A = method_advantages(method, rewards, group, mask, entropy)
-    per_token = method.loss(new, old, A, mask)
-    if method is egsw:
-        per_token = egsw.weights(A, entropy, mask, group) * per_token
-    reduction = method.Config.__dataclass_fields__["reduction"].default
-    return (per_token * loss_weights(mask, reduction)).sum()
+def reduction_of(name):
+    return SCRIPTS[name].Config().reduction
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -69,25 +45,40 @@ def test_grpo_advantages_of_a_worked_example():
     torch.testing.assert_close(grpo.advantages(rewards, group, "rloo"), torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
 
 
-def test_grpo_loss_is_the_clipped_objective_with_k3():
+def test_an_unknown_kind_of_advantage_is_an_error():
+    with pytest.raises(ValueError, match="kind"):
+        grpo.advantages(torch.tensor([1.0, 0.0]), torch.zeros(2), "gae")
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "egsw", "gtpo"])
+def test_the_loss_is_the_clipped_objective(name):
     rewards, group, mask, _ = batch()
-    new, old = logprobs(mask)
-    A, ref = grpo.advantages(rewards, group), old - 0.3 * mask
-    new = new.detach()
-    got = grpo.loss(new, old, A, mask, 0.2, 0.3, grpo.k3(new, ref), 0.1)
+    new, old = random_logprobs(mask)
+    A = grpo.advantages(rewards, group)
+    per_token = SCRIPTS[name].loss((new - old).exp().detach(), A, mask, 0.2, 0.3)
     for i in range(len(A)):
         for t in range(mask.shape[1]):
-            w, a = math.exp(new[i, t] - old[i, t]), float(A[i])
+            w = math.exp(float(new[i, t].detach() - old[i, t]))
+            a = float(A[i])
+            expected = -min(w * a, min(max(w, 0.8), 1.3) * a) * float(mask[i, t])
+            assert float(per_token[i, t]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "egsw"])
+def test_k3_is_the_estimate_of_eq_4(name):
+    _, _, mask, _ = batch()
+    new, ref = random_logprobs(mask)
+    k3 = SCRIPTS[name].k3(new.detach(), ref)
+    for i in range(len(mask)):
+        for t in range(mask.shape[1]):
             r = math.exp(ref[i, t] - new[i, t])
-            k3 = r - math.log(r) - 1
-            expected = -(min(w * a, min(max(w, 0.8), 1.3) * a) - 0.1 * k3) * float(mask[i, t])
-            assert float(got[i, t]) == pytest.approx(expected, abs=1e-5)
+            assert float(k3[i, t]) == pytest.approx(r - math.log(r) - 1, abs=1e-5) and k3[i, t] >= 0
 
 
 def test_clipping_takes_the_pessimistic_side():
     """A ratio of 2 is clipped for a good token (no gradient) and not for a bad one, which may still be pushed back."""
     new = torch.tensor([[math.log(2.0)], [math.log(2.0)]], requires_grad=True)
-    loss = grpo.loss(new, torch.zeros(2, 1), torch.tensor([1.0, -1.0]), torch.ones(2, 1))
+    loss = grpo.loss(new.exp(), torch.tensor([1.0, -1.0]), torch.ones(2, 1))
     loss.sum().backward()
     assert loss[:, 0].tolist() == pytest.approx([-1.2, 2.0])
     assert new.grad[:, 0].tolist() == pytest.approx([0.0, 2.0])
@@ -117,25 +108,28 @@ def test_dapo_punishment_enters_the_advantage_but_not_of_an_uninformative_group(
     assert dapo.informative(torch.tensor([1.0, 0, 1, 1]), group).tolist() == [True, True, False, False]
 
 
+def test_dapo_samples_until_it_has_enough_groups_and_no_further():
+    def rollout(*outcomes):  # of two completions each
+        rewards = torch.tensor(outcomes).flatten().float()
+        zeros = torch.zeros(len(rewards), 1)
+        group = torch.arange(len(outcomes)).repeat_interleave(2)
+        return Rollout(zeros.long(), zeros[:, 0].long(), zeros.long(), zeros, zeros, zeros, zeros[:, 0] > 0, group,
+                       rewards, [])  # fmt: skip
+
+    rounds = [rollout((1, 0), (1, 1)), rollout((0, 0), (0, 1)), rollout((1, 0), (1, 0))]
+    for wanted, limit, n_groups, n_rounds in ((1, 9, 1, 1), (2, 9, 2, 2), (3, 9, 3, 3), (4, 2, 2, 2), (4, 3, 4, 3)):
+        left = list(rounds)
+        run = SimpleNamespace(sample=lambda left=left: left.pop(0), verify=lambda rollout: rollout)
+        kept, all_sampled, n = dapo.dynamic_sampling(run, wanted, limit)
+        assert (len(kept.group.unique()), n) == (n_groups, n_rounds) and len(all_sampled) == 4 * n_rounds
+        assert kept.rewards.view(-1, 2).sum(1).eq(1).all()
+
+
 # --- EGSW -------------------------------------------------------------------------------------------------------------
 
 
-def egsw_loops(A, H, mask, group, alpha, P, step_wise, mean_one):
-    B, T = mask.shape
-    w = torch.zeros(B, T, dtype=torch.float64)
-    for i in range(B):
-        for t in range(T):
-            if not mask[i, t]:
-                continue
-            mates = [j for j in range(B) if group[j] == group[i] and (mask[j, t] or not step_wise)]
-
-            def raw(j, t=t):
-                n = int(mask[j].sum())
-                h = float(H[j, t]) if step_wise else sum(map(float, H[j, :n])) / n
-                return math.exp((float(A[j]) + alpha * h) / P)
-
-            w[i, t] = raw(i) / sum(raw(j) for j in mates) * (len(mates) if mean_one else 1)
-    return w.float()
+def egsw_loops(*inputs):
+    return torch.tensor(plain.egsw_weights(*inputs))
 
 
 @pytest.mark.parametrize("step_wise", [True, False])
@@ -165,8 +159,8 @@ def test_egsw_at_infinite_temperature_is_grpo(step_wise):
     W = egsw.weights(A, entropy, mask, group, temperature=1e9, step_wise=step_wise)
     grads = []
     for weight in (W, torch.ones_like(mask)):
-        new, old = logprobs(mask)
-        (weight * egsw.loss(new, old, A, mask) * loss_weights(mask, "sequence")).sum().backward()
+        new, old = random_logprobs(mask)
+        (weight * egsw.loss((new - old).exp(), A, mask) * loss_weights(mask, "sequence")).sum().backward()
         grads.append(new.grad)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-6)
 
@@ -205,6 +199,20 @@ def test_egsw_weighs_any_advantage(kind, step_wise):
     torch.testing.assert_close(both[0], egsw_loops(A, entropy, mask, group, 0.5, 2.0, step_wise, True))
 
 
+def test_egsw_weights_carry_no_gradient():
+    rewards, group, mask, entropy = batch()
+    A = egsw.advantages(rewards, group).requires_grad_()
+    assert not egsw.weights(A, entropy.requires_grad_(), mask, group).requires_grad
+
+
+def test_egsw_token_advantages_are_weighted_advantages():
+    rewards, group, mask, entropy = batch()
+    A = egsw.advantages(rewards, group, "rloo")
+    expected = A[:, None] * egsw.weights(A, entropy, mask, group, 0.7, 0.6, False, False)
+    options = dict(advantage="rloo", alpha=0.7, weight_temperature=0.6, step_wise=False, mean_one=False)
+    torch.testing.assert_close(egsw.token_advantages(rewards, entropy, mask, group, **options), expected)
+
+
 def test_egsw_refuses_a_temperature_of_zero():
     rewards, group, mask, entropy = batch()
     with pytest.raises(ValueError, match="temperature"):
@@ -214,36 +222,6 @@ def test_egsw_refuses_a_temperature_of_zero():
 # --- GTPO -------------------------------------------------------------------------------------------------------------
 
 
-def gtpo_loops(rewards, H, mask, group, alpha1, alpha2, compare, mean, scope):
-    """Eq. 2 and 3, token by token, in float64."""
-    B, T = mask.shape
-    plus, minus = torch.zeros(B, T, dtype=torch.float64), torch.zeros(B, T, dtype=torch.float64)
-    usable = [0 < rewards[group == group[i]].sum() < (group == group[i]).sum() for i in range(B)]
-    for i in range(B):
-        for t in range(T):
-            if not mask[i, t] or not usable[i]:
-                continue
-            values = []
-            for k in range(B):
-                same = usable[k] and rewards[k] == rewards[i] and (scope == "batch" or group[k] == group[i])
-                for s in range(T):
-                    near = {"column": s == t, "row": k == i, "matrix": True}[compare]
-                    if same and near and mask[k, s]:
-                        values.append(float(H[k, s]))
-            own = float(H[i, t])
-            if rewards[i] == 0:
-                values, own = [1 / v for v in values], 1 / own
-            if mean == "arithmetic":
-                centre = sum(values) / len(values)
-            else:
-                centre = math.exp(sum(map(math.log, values)) / len(values))
-            if rewards[i] == 1:
-                plus[i, t] = alpha1 + alpha2 * own / centre
-            else:
-                minus[i, t] = -alpha1 - alpha2 * own / centre
-    return plus.float(), minus.float()
-
-
 @pytest.mark.parametrize("scope", ["batch", "group"])
 @pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
 @pytest.mark.parametrize("compare", ["column", "row", "matrix"])
@@ -251,9 +229,9 @@ def test_gtpo_shaped_rewards_are_eq_2_and_3(compare, mean, scope):
     rewards, group, mask, entropy = batch()
     rewards[group == 2] = 1.0  # one group without information
     got = gtpo.shaped_rewards(rewards, entropy, mask, group, 0.9, 0.2, compare, mean, scope)
-    expected = gtpo_loops(rewards, entropy, mask, group, 0.9, 0.2, compare, mean, scope)
-    torch.testing.assert_close(got[0], expected[0])
-    torch.testing.assert_close(got[1], expected[1])
+    expected = plain.gtpo_shaped(rewards, entropy, mask, group, 0.9, 0.2, compare, mean, scope)
+    torch.testing.assert_close(got[0], torch.tensor(expected[0]))
+    torch.testing.assert_close(got[1], torch.tensor(expected[1]))
 
 
 @pytest.mark.parametrize("scope", ["batch", "group"])
@@ -262,21 +240,9 @@ def test_gtpo_advantages_are_eq_4(normalize, scope):
     rewards, group, mask, entropy = batch()
     rewards[group == 2] = 0.0
     plus, minus = gtpo.shaped_rewards(rewards, entropy, mask, group, scope=scope)
-    got = gtpo.advantages(plus, minus, rewards, mask, group, scope, normalize, eps=0.0)
-    for i in range(len(rewards)):
-        shaped = plus if rewards[i] == 1 else minus
-        over = []
-        for k in range(len(rewards)):
-            usable = int(group[k]) != 2 and (scope == "batch" or group[k] == group[i])
-            if usable and (normalize == "all" or rewards[k] == rewards[i]):
-                over += [float(shaped[k, t]) for t in range(mask.shape[1]) if mask[k, t]]
-        for t in range(mask.shape[1]):
-            expected = 0.0
-            if mask[i, t] and int(group[i]) != 2 and max(over) > min(over):
-                centre = sum(over) / len(over)
-                std = math.sqrt(sum((v - centre) ** 2 for v in over) / len(over))
-                expected = (float(shaped[i, t]) - centre) / std
-            assert float(got[i, t]) == pytest.approx(expected, abs=1e-4)
+    got = gtpo.advantages(plus, minus, rewards, mask, group, scope, normalize)
+    expected = plain.gtpo_advantages(plus.tolist(), minus.tolist(), rewards, mask, group, scope, normalize)
+    torch.testing.assert_close(got, torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_gtpo_shares_conserve_the_reward():
@@ -339,6 +305,30 @@ def test_gtpo_entropy_limits_bound_the_shares():
     torch.testing.assert_close(flat[0][mask * rewards[:, None] > 0].unique(), torch.tensor([1.1]))
 
 
+def test_gtpo_token_advantages_hand_on_every_option():
+    rewards, group, mask, entropy = batch()
+    punishment = gtpo.overlong_punishment(rewards, mask.sum(1), group, 0.75)
+    assert punishment.abs().sum() > 0
+    shaped = gtpo.shaped_rewards(
+        rewards, entropy, mask, group, 0.9, 0.3, "matrix", "geometric", "batch", 0.2, 0.5, punishment
+    )
+    expected = gtpo.advantages(*shaped, rewards, mask, group, "batch", "own")
+    options = dict(
+        alpha1=0.9, alpha2=0.3, compare="matrix", mean="geometric", scope="batch", normalize="own", entropy_min=0.2,
+        entropy_max=0.5, overlong_gamma=0.75,
+    )  # fmt: skip
+    torch.testing.assert_close(gtpo.token_advantages(rewards, entropy, mask, group, **options), expected)
+
+
+def test_gtpo_gamma_itself_counts_as_easy():
+    """With exactly gamma right, L is that of the right completions, as for more."""
+    rewards = torch.tensor([1.0, 1, 1, 0])
+    lengths = torch.tensor([10.0, 10, 40, 100])
+    L = max((10 + 40) / 2, 20)
+    punishment = gtpo.overlong_punishment(rewards, lengths, torch.zeros(4), 0.75)
+    torch.testing.assert_close(punishment, torch.tensor([0, 0, -0.5 * (40 - L) / L, 0]))
+
+
 def test_gtpo_overlong_punishment():
     lengths = torch.tensor([10.0, 20, 30, 60])
     one = torch.zeros(4, dtype=torch.long)
@@ -369,25 +359,10 @@ def test_gtpo_overlong_punishment():
 def test_grpo_s_shaped_rewards_are_eq_6(mean):
     rewards, group, mask, entropy = batch()
     got = grpo_s.shaped_rewards(rewards, entropy, mask, group, 0.9, 0.2, mean)
+    expected = plain.grpo_s_shaped(rewards, entropy, mask, group, 0.9, 0.2, mean, 1e-3)
+    torch.testing.assert_close(got, torch.tensor(expected))
     A = grpo_s.advantages(got, rewards, group)
-
-    def H(i):
-        values = [float(entropy[i, t]) for t in range(mask.shape[1]) if mask[i, t]]
-        if mean == "geometric":
-            return math.exp(sum(map(math.log, values)) / len(values))
-        return sum(values) / len(values)
-
-    for i in range(len(rewards)):
-        mates = [k for k in range(len(rewards)) if group[k] == group[i]]
-        same = [k for k in mates if rewards[k] == rewards[i]]
-        if rewards[i] == 1:
-            expected = 0.9 + 0.2 * H(i) / sum(H(k) for k in same) * len(same)
-        else:
-            expected = -0.9 - 0.2 * (1 / H(i)) / sum(1 / H(k) for k in same) * len(same)
-        assert float(got[i]) == pytest.approx(expected, rel=1e-5)
-        centre = sum(float(got[k]) for k in mates) / len(mates)
-        std = math.sqrt(sum((float(got[k]) - centre) ** 2 for k in mates) / len(mates))
-        assert float(A[i]) == pytest.approx((float(got[i]) - centre) / std, rel=1e-4)
+    torch.testing.assert_close(A, torch.tensor(plain.grpo_s_advantages(expected, rewards, group)), atol=1e-5, rtol=1e-5)
 
 
 def test_grpo_s_floors_the_mean_entropy_and_not_each_tokens():
@@ -401,7 +376,36 @@ def test_grpo_s_floors_the_mean_entropy_and_not_each_tokens():
     torch.testing.assert_close(got[:2], 1 + 0.1 * H / H.mean())
 
 
-def test_grpo_s_sequence_ratio():
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
+def test_grpo_s_completions_without_a_token_leave_the_others_as_they_are(mean):
+    """Other trainers hold such rows, masked out or as padding of the batch."""
+    rewards, group, mask, entropy = batch()
+    expected = grpo_s.shaped_rewards(rewards, entropy, mask, group, mean=mean)
+    empty = torch.zeros(2, mask.shape[1])
+    got = grpo_s.shaped_rewards(
+        torch.cat([rewards, torch.tensor([1.0, 0.0])]), torch.cat([entropy, empty]), torch.cat([mask, empty]),
+        torch.cat([group, torch.tensor([0, 0])]), mean=mean,
+    )  # fmt: skip
+    torch.testing.assert_close(got, torch.cat([expected, torch.tensor([1.0, -1.0])]))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_completion_without_a_token_gives_no_nan(name):
+    rewards, group, mask, entropy = batch()
+    mask[0] = 0.0
+    A = token_advantages(name, rewards, entropy * mask, mask, group)
+    assert A.isfinite().all() and (A[0] == 0).all() and A[1].abs().sum() > 0
+
+
+def test_grpo_s_token_advantages_hand_on_every_option():
+    rewards, group, mask, entropy = batch()
+    shaped = grpo_s.shaped_rewards(rewards, entropy, mask, group, 0.9, 0.3, "geometric", 0.4)
+    expected = grpo_s.advantages(shaped, rewards, group)[:, None] * mask
+    options = dict(beta1=0.9, beta2=0.3, mean="geometric", entropy_min=0.4)
+    torch.testing.assert_close(grpo_s.token_advantages(rewards, entropy, mask, group, **options), expected)
+
+
+def test_grpo_s_has_one_ratio_per_completion_of_either_mean():
     mask = torch.tensor([[1.0, 1, 0]])
     new, old = torch.tensor([[0.2, 0.4, 9.0]]), torch.zeros(1, 3)
     assert float(grpo_s.sequence_ratio(new, old, mask)) == pytest.approx(math.exp(0.3))
@@ -412,86 +416,180 @@ def test_grpo_s_sequence_ratio():
 @pytest.mark.parametrize("ratio", ["geometric", "arithmetic"])
 def test_grpo_s_loss_is_eq_7(ratio):
     rewards, group, mask, entropy = batch()
-    new, old = logprobs(mask)
-    A = method_advantages(grpo_s, rewards, group, mask, entropy)
-    loss = grpo_s.loss(new, old, A, mask, 0.2, 0.28, ratio)
-    total = (loss * loss_weights(mask, "sequence")).sum()
+    new, old = random_logprobs(mask)
+    A = grpo_s.advantages(grpo_s.shaped_rewards(rewards, entropy, mask, group), rewards, group)
     w = grpo_s.sequence_ratio(new, old, mask, ratio)
+    loss = grpo_s.loss(w[:, None], A, mask, 0.2, 0.28)
+    total = (loss * loss_weights(mask, "sequence")).sum()
     expected = -torch.min(w * A, w.clamp(0.8, 1.28) * A).mean()
     torch.testing.assert_close(total, expected)
 
 
 def test_grpo_s_with_equal_entropies_has_grpos_advantages():
     rewards, group, mask, _ = batch()
-    A = method_advantages(grpo_s, rewards, group, mask, torch.full_like(mask, 0.4))
-    torch.testing.assert_close(A, grpo.advantages(rewards, group), atol=1e-4, rtol=1e-4)
+    A = grpo_s.token_advantages(rewards, torch.full_like(mask, 0.4), mask, group)
+    torch.testing.assert_close(A, grpo.token_advantages(rewards, mask, mask, group), atol=1e-4, rtol=1e-4)
+
+
+# --- DAPO, once more --------------------------------------------------------------------------------------------------
+
+
+def test_dapo_token_advantages_hand_on_every_option():
+    rewards, group, mask, entropy = batch()
+    punishment = dapo.overlong_punishment(mask.sum(1), 6, 0.5 * 6)
+    assert punishment.abs().sum() > 0
+    expected = dapo.advantages(rewards, group, punishment)[:, None] * mask
+    got = dapo.token_advantages(rewards, entropy, mask, group, max_new_tokens=6, overlong_cache=0.5)
+    torch.testing.assert_close(got, expected)
 
 
 # --- facts of every method --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3])
-def test_equal_rewards_give_exactly_no_gradient(method, value):
+def test_equal_rewards_give_exactly_no_gradient(name, value):
     rewards, group, mask, entropy = batch()
     rewards = torch.full_like(rewards, value)
-    new, old = logprobs(mask)
-    loss = method_loss(method, new, old, rewards, group, mask, entropy)
+    new, old = random_logprobs(mask)
+    loss = method_loss(name, new, old, rewards, group, mask, entropy)
     loss.backward()
-    assert float(loss) == 0 and new.grad.abs().max() == 0
+    assert float(loss.detach()) == 0 and new.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_equal_group_beside_others_gets_no_gradient(method):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_equal_group_beside_others_gets_no_gradient(name):
     rewards, group, mask, entropy = batch()
     rewards[group == 1] = 1.0
-    new, old = logprobs(mask)
-    method_loss(method, new, old, rewards, group, mask, entropy).backward()
+    new, old = random_logprobs(mask)
+    method_loss(name, new, old, rewards, group, mask, entropy).backward()
     assert new.grad[group == 1].abs().max() == 0 and new.grad[group == 0].abs().max() > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_on_policy_gradient_is_the_plain_policy_gradient(method):
-    """At ratio 1 the loss is -mean(weight * A), and its gradient that of -mean(weight * A * log pi)."""
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_on_policy_gradient_is_the_plain_policy_gradient(name):
+    """At ratio 1 the loss is -mean(A), and its gradient that of -mean(A * log pi), with A the token advantages."""
     rewards, group, mask, entropy = batch()
-    old = logprobs(mask)[1]
+    _, old = random_logprobs(mask)
     new = old.clone().requires_grad_()
-    loss = method_loss(method, new, old, rewards, group, mask, entropy)
+    loss = method_loss(name, new, old, rewards, group, mask, entropy)
     loss.backward()
-    A = method_advantages(method, rewards, group, mask, entropy)
-    A = A if A.dim() == 2 else A[:, None].expand_as(mask)
-    W = egsw.weights(A, entropy, mask, group) if method is egsw else 1.0
-    reduction = method.Config.__dataclass_fields__["reduction"].default
-    expected = -W * A * loss_weights(mask, reduction)
-    torch.testing.assert_close(new.grad, expected * mask)
+    expected = -token_advantages(name, rewards, entropy, mask, group) * loss_weights(mask, reduction_of(name))
+    torch.testing.assert_close(new.grad, expected)
     torch.testing.assert_close(loss.detach(), expected.sum())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_padding_never_matters(method):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_padding_never_matters(name):
     """Neither what stands in the padding nor how much of it there is changes loss or gradient."""
     rewards, group, mask, entropy = batch()
-    new, old = logprobs(mask)
-    loss = method_loss(method, new, old, rewards, group, mask, entropy)
-    loss.backward()
+    new, old = random_logprobs(mask)
+    options = {"max_new_tokens": 6} if name == "dapo" else {}
+    A = token_advantages(name, rewards, entropy, mask, group, **options)
     junk = torch.rand_like(mask) * (1 - mask)
-    wide = [torch.nn.functional.pad(x, (0, 3)) for x in (mask, entropy + junk, old + junk)]
-    padded = torch.nn.functional.pad(new.detach() + 2 * junk, (0, 3)).requires_grad_()
-    again = method_loss(method, padded, wide[2], rewards, group, wide[0], wide[1])
-    again.backward()
-    torch.testing.assert_close(again, loss)
-    torch.testing.assert_close(padded.grad[:, : mask.shape[1]], new.grad)
-    assert (padded.grad * (1 - wide[0])).abs().max() == 0
+    wide_mask, wide_entropy = (torch.nn.functional.pad(x, (0, 3)) for x in (mask, entropy + junk))
+    wide_A = token_advantages(name, rewards, wide_entropy, wide_mask, group, **options)
+    torch.testing.assert_close(wide_A[:, :6], A)
+    assert (wide_A * (1 - wide_mask)).abs().max() == 0
+
+    reduction = "token" if reduction_of(name) == "constant" else reduction_of(name)
+    results = []
+    for x, old_x, A_x, mask_x in (
+        (new, old, A, mask),
+        (torch.nn.functional.pad(new.detach() + 2 * junk, (0, 3)), torch.nn.functional.pad(old + junk, (0, 3)), wide_A,
+         wide_mask),
+    ):  # fmt: skip
+        x = x.detach().clone().requires_grad_()
+        ratio = grpo_s.sequence_ratio(x, old_x, mask_x)[:, None] if name == "grpo_s" else (x - old_x).exp()
+        loss = (SCRIPTS[name].loss(ratio, A_x, mask_x) * loss_weights(mask_x, reduction)).sum()
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    (loss, grad), (wide_loss, wide_grad) = results
+    torch.testing.assert_close(wide_loss, loss)
+    torch.testing.assert_close(wide_grad[:, :6], grad)
+    assert (wide_grad * (1 - wide_mask)).abs().max() == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_order_of_rows_never_matters(method):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_order_of_rows_never_matters(name):
     """Rows of one prompt need not be adjacent: groups are known by their ids alone."""
     rewards, group, mask, entropy = batch()
     order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(3))
-    A = method_advantages(method, rewards, group, mask, entropy)
-    shuffled = method_advantages(method, rewards[order], 7 - 2 * group[order], mask[order], entropy[order])
+    A = token_advantages(name, rewards, entropy, mask, group)
+    shuffled = token_advantages(name, rewards[order], entropy[order], mask[order], 7 - 2 * group[order])
     torch.testing.assert_close(shuffled, A[order])
-    if method is egsw:
-        W = egsw.weights(A, entropy, mask, group)
-        torch.testing.assert_close(egsw.weights(A[order], entropy[order], mask[order], group[order]), W[order])
+
+
+# --- the defaults -----------------------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "grpo": dict(advantage="grpo", clip_low=0.2, clip_high=0.2, kl_coef=0.0, reduction="sequence"),
+    "dapo": dict(
+        minibatches=4, max_rounds=3, overlong_cache=0.2, overlong_filter=False, clip_low=0.2, clip_high=0.28,
+        reduction="token",
+    ),
+    "egsw": dict(
+        advantage="grpo", alpha=0.5, weight_temperature=2.0, step_wise=True, mean_one=True, clip_low=0.2, clip_high=0.2,
+        kl_coef=0.0, reduction="token",
+    ),
+    "gtpo": dict(
+        alpha1=1.0, alpha2=0.1, compare="column", mean="arithmetic", scope="group", normalize="all", entropy_min=1e-3,
+        entropy_max=1e3, overlong_gamma=None, clip_low=0.2, clip_high=0.28, reduction="token",
+    ),
+    "grpo_s": dict(
+        beta1=1.0, beta2=0.1, mean="arithmetic", entropy_min=1e-3, ratio="geometric", clip_low=0.2, clip_high=0.28,
+        reduction="sequence",
+    ),
+}  # fmt: skip
+# What the command line refuses: values just outside the bounds.
+REFUSED = {
+    "grpo": dict(clip_low=0, clip_high=0, kl_coef=-0.1),
+    "dapo": dict(minibatches=0, max_rounds=0, clip_low=0, clip_high=0),
+    "egsw": dict(alpha=-0.1, weight_temperature=0, clip_low=0, clip_high=0, kl_coef=-0.1),
+    "gtpo": dict(alpha1=-0.1, alpha2=-0.1, entropy_min=0, entropy_max=0, overlong_gamma=0.5, clip_low=0, clip_high=0),
+    "grpo_s": dict(beta1=-0.1, beta2=-0.1, entropy_min=0, clip_low=0, clip_high=0),
+}
+TOO_LARGE = [("dapo", "overlong_cache", 1.1), ("dapo", "overlong_cache", -0.1), ("gtpo", "overlong_gamma", 1.1)]
+OUT_OF_BOUNDS = TOO_LARGE + [(name, *item) for name, values in REFUSED.items() for item in values.items()]
+SHARED_DEFAULTS = dict(
+    model=None, trust_remote_code=False, gradient_checkpointing=False, fsdp=False, dataset="arithmetic",
+    dataset_config=None, train_split="train", eval_dataset=None, eval_split="test", question_column=None,
+    answer_column=None, system="Reason step by step, and put your final answer within \\boxed{}.",
+    prompt_template="Question: {question}\nAnswer:", max_prompt_tokens=1024,
+    n_prompts=32, group_size=8, max_new_tokens=None, temperature=1.0, cuda_graphs=False, rollout_rows=1024,
+    steps=60, stop_tokens=None, lr=None, warmup_steps=5, max_grad_norm=1.0, minibatches=1, token_budget=None,
+    eval_rows=256, eval_k=8, eval_every=0, eval_only=False,
+    seed=0, out="runs", name=None, save_every=0, resume=None, log_completions=4, track="none", save_plots=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_options_have_the_defaults_of_this_table(name):
+    assert asdict(SCRIPTS[name].Config()) == SHARED_DEFAULTS | DEFAULTS[name]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), OUT_OF_BOUNDS)
+def test_values_out_of_bounds_are_refused_on_the_command_line(name, option, value, capsys):
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(SystemExit) as stop:
+        parse(SCRIPTS[name].Config, "", [flag, str(value)])
+    assert stop.value.code == 2 and flag in error_line(capsys)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_functions_have_the_defaults_of_the_script(name):
+    """Who copies a function gets the same as who runs the script."""
+    config = asdict(SCRIPTS[name].Config())
+    renamed = {"temperature": "weight_temperature", "kind": "advantage"}
+    compared = 0
+    for function in ("advantages", "weights", "shaped_rewards", "token_advantages", "loss", "sequence_ratio"):
+        if not hasattr(SCRIPTS[name], function):
+            continue
+        for parameter in inspect.signature(getattr(SCRIPTS[name], function)).parameters.values():
+            option = renamed.get(parameter.name, parameter.name)
+            if function == "sequence_ratio" and option == "mean":
+                option = "ratio"
+            if option in config and parameter.default is not inspect.Parameter.empty:
+                assert parameter.default == config[option], (function, option)
+                compared += 1
+    assert compared >= 3

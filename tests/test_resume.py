@@ -14,11 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import SCRIPTS, call, lines, refused
 from safetensors.torch import load_file
-from test_run import SCRIPTS, call, lines, refused
 
-import files
-import run as run_module
+from harness import files, trainer
+from harness import run as run_module
+
+pytestmark = pytest.mark.slow
 
 
 def final(folder):
@@ -135,13 +137,13 @@ def test_one_bad_update_of_several_does_not_mark_the_others(small, tmp_path, mon
     grpo, calls = importlib.import_module("grpo"), []
     loss = grpo.loss
 
-    def once_nan(*args):
+    def once_nan(*args, **keywords):
         calls.append(1)
-        return loss(*args) * (torch.nan if len(calls) == 1 else 1)
+        return loss(*args, **keywords) * (torch.nan if len(calls) == 1 else 1)
 
     monkeypatch.setattr(grpo, "loss", once_nan)
     monkeypatch.setattr(grpo, "advantages", lambda rewards, *_: torch.ones_like(rewards))
-    monkeypatch.setattr(grpo, "clip_fractions", lambda ratio, *_: {"ones": torch.ones_like(ratio)})
+    monkeypatch.setattr(grpo, "clip_fractions", lambda ratio, *_, **__: {"ones": torch.ones_like(ratio)})
     call(monkeypatch, "grpo", *small("--name", "r", "--steps", 2, "--minibatches", 3, "--n-prompts", 24))
     rows = lines(tmp_path / "r" / "metrics.jsonl")
     assert [row["skipped_updates"] for row in rows] == [1, 0]
@@ -150,7 +152,7 @@ def test_one_bad_update_of_several_does_not_mark_the_others(small, tmp_path, mon
 
 
 def test_a_batch_without_a_usable_group_changes_nothing(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "verifier", SimpleNamespace(grade=lambda *_: (0.0, "wrong")))
+    monkeypatch.setattr(trainer, "verifier", SimpleNamespace(grade=lambda *_: (0.0, "wrong")))
     call(monkeypatch, "dapo", *small("--name", "r", "--max-rounds", 2))
     rows = lines(tmp_path / "r" / "metrics.jsonl")
     assert [row["dynamic_sampling/groups"] for row in rows] == [0, 0] and rows[0]["grad_norm"] == 0
@@ -180,7 +182,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(
     assert metrics[0] == metrics[1]
 
 
-def test_eval_only(small, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_alone_has_every_pass_at_k_and_takes_no_step(small, tmp_path, monkeypatch, capsys):
     call(monkeypatch, "grpo", *small("--name", "e", "--eval-only", "--eval-k", 32))
     (result,) = json.loads((tmp_path / "e" / "eval.json").read_text())
     assert {"mean@32", *(f"pass@{k}" for k in (1, 2, 4, 8, 16, 32))} <= set(result) and len(result["mean@32_ci"]) == 2

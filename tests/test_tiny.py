@@ -6,11 +6,12 @@ import re
 
 import pytest
 
-import tiny
 import verifier
+from harness import tiny
 
 
 def value(text):
+    """The sum of the signed terms in a text."""
     return sum(int(term) for term in re.findall(r"[+-]?\d+", text))
 
 
@@ -28,7 +29,7 @@ def test_every_demonstration_is_correct(guess, merge):
         assert verifier.math_reward(text, text) == 1.0
 
 
-def test_habits():
+def test_a_habit_shows_in_the_number_of_steps():
     rng = random.Random(0)
     q = "9-1+2+3-4+5?"
     assert tiny.solve(rng, q).count("\n") == 5  # one step a term

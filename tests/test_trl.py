@@ -13,23 +13,22 @@ pytest.importorskip("trl", minversion="1.16")
 
 import torch
 from accelerate.utils import gather_object
-from conftest import ROOT
 from datasets import Dataset
+from helpers import ROOT
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import common
 import dapo
-import egsw
 import grpo
 import grpo_s
-import gtpo
-import tiny
-from integrations.token_advantages import SCRIPTS, advantages
+from harness import tiny
+from integrations.methods import SCRIPTS
 from integrations.trl_trainer import SETTINGS, EntropyGRPOTrainer
 from verifier import math_reward
 
+pytestmark = pytest.mark.slow
 REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's loss_type: ours
 
 # Every option of each method, none at its default: a mix-up of two would show.
@@ -48,22 +47,14 @@ def reward(completions, answer, **_):
 
 
 def token_loss(method, options, batch, new, old, rows, limits):
-    """The loss of the tokens of these rows [b, T], put together as in main() of the method's script."""
-    c = SCRIPTS[method].Config(**options)
-    r, H, mask, group = batch.rewards, batch.entropy, batch.mask, batch.group
-    if method == "egsw":
-        A = egsw.advantages(r, group, c.advantage)
-        shape = dict(alpha=c.alpha, temperature=c.weight_temperature, step_wise=c.step_wise, mean_one=c.mean_one)
-        return egsw.weights(A, H, mask, group, **shape)[rows] * egsw.loss(new, old, A[rows], mask[rows], **limits)
+    """The loss of the tokens of these rows [b, T], from the script's own functions. limits: those of the clip."""
+    script = SCRIPTS[method]
+    A = script.token_advantages(batch.rewards, batch.entropy, batch.mask, batch.group, **options)[rows]
     if method == "grpo_s":
-        shape = dict(beta1=c.beta1, beta2=c.beta2, mean=c.mean, entropy_min=c.entropy_min)
-        A = grpo_s.advantages(grpo_s.shaped_rewards(r, H, mask, group, **shape), r, group)
-        return grpo_s.loss(new, old, A[rows], mask[rows], **limits)
-    extra = c.overlong_gamma and gtpo.overlong_punishment(r, mask.sum(1), group, c.overlong_gamma)
-    shape = dict(alpha1=c.alpha1, alpha2=c.alpha2, compare=c.compare, mean=c.mean, scope=c.scope, punishment=extra)
-    shaped = gtpo.shaped_rewards(r, H, mask, group, entropy_min=c.entropy_min, entropy_max=c.entropy_max, **shape)
-    A = gtpo.advantages(*shaped, r, mask, group, scope=c.scope, normalize=c.normalize)
-    return gtpo.loss(new, old, A[rows], mask[rows], **limits)
+        ratio = grpo_s.sequence_ratio(new, old, batch.mask[rows])[:, None]
+    else:
+        ratio = (new - old).exp()
+    return script.loss(ratio, A, batch.mask[rows], **limits)
 
 
 def recorder(base, ours):
@@ -115,7 +106,7 @@ def recorder(base, ours):
                 local=[part["advantages"] for part in parts],  # of each process
             )
             with torch.no_grad():
-                self.batch.logprobs, self.batch.entropy = self.score(torch.arange(len(prompts)))
+                self.batch.logprobs, self.batch.entropy = self.score(torch.arange(len(prompts)), with_entropy=True)
             if extra:
                 # Compared here, and then TRL's are taken: GTPO divides by entropies and so magnifies their rounding.
                 theirs = padded(rows_of("entropy", "completion_mask"))
@@ -123,9 +114,9 @@ def recorder(base, ours):
                 self.batch.entropy = theirs
             return out
 
-        def score(self, rows):
+        def score(self, rows, with_entropy=False):
             inputs = (getattr(self.batch, k)[rows] for k in ("prompt_ids", "prompt_lengths", "completion_ids", "mask"))
-            return common.token_logprobs(self.model, *inputs, self.temperature)
+            return common.token_logprobs(self.model, *inputs, self.temperature, with_entropy)
 
         def our_loss(self, rows):
             """The share of these rows in the loss of an optimizer step, with a gradient."""
@@ -133,9 +124,9 @@ def recorder(base, ours):
             steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
             old = new.detach() if steps == 1 else self.batch.logprobs[rows]
             limits = dict(clip_low=self.epsilon_low, clip_high=self.epsilon_high)
-            if self.beta:  # while there is one rollout, the policy that wrote it is the reference
-                limits |= dict(kl_coef=self.beta, kl=grpo.k3(new, self.batch.logprobs[rows]))
             per_token = ours(self.batch, new, old, rows, limits)
+            if self.beta:  # while there is one rollout, the policy that wrote it is the reference
+                per_token = per_token + self.beta * grpo.k3(new, self.batch.logprobs[rows]) * self.batch.mask[rows]
             weights = common.loss_weights(self.batch.mask, REDUCTIONS[self.loss_type])[rows]
             return steps * (per_token * weights).sum()  # weights are those of the generation batch: TRL's average step
 
@@ -205,7 +196,7 @@ def test_trls_own_losses_are_ours(loss_type, toy, tmp_path):
     script, scale = dapo if loss_type == "dapo" else grpo, "none" if loss_type == "dr_grpo" else "group"
 
     def ours(batch, new, old, rows, limits):
-        return script.loss(new, old, torch.cat(batch.local)[rows], batch.mask[rows], **limits)
+        return script.loss((new - old).exp(), torch.cat(batch.local)[rows], batch.mask[rows], **limits)
 
     more = dict(loss_type=loss_type, scale_rewards=scale, epsilon_high=0.28 if script is dapo else 0.2)
     more |= dict(beta=0.1, use_bias_correction_kl=False) if loss_type == "grpo" else {}
@@ -251,7 +242,7 @@ def test_masked_and_unscored_rows_leave_no_trace(method, toy, tmp_path):
     assert masked.any() and unscored.any() and (unscored & ~masked).any()
     assert A.isfinite().all() and (A[~kept] == 0).all() and (A[kept] != 0).any()
     fields = (getattr(batch, k)[kept] for k in ("rewards", "entropy", "mask", "group"))
-    torch.testing.assert_close(A[kept], advantages(SCRIPTS[method].Config(), *fields)[:, : A.shape[1]])
+    torch.testing.assert_close(A[kept], SCRIPTS[method].token_advantages(*fields)[:, : A.shape[1]])
 
 
 @pytest.mark.parametrize(

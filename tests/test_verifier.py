@@ -1,5 +1,10 @@
-"""Properties of the math reward: what it accepts, what it must never reward, and that no input hangs or breaks it."""
+"""Tests of the math reward: what it accepts, what it must never reward, and that no input hangs or breaks it.
 
+The tests on data sets need the environment variable ENTROPY_RL_DATA. It names a folder with gsm8k/train.jsonl,
+gsm8k/test.jsonl, math500/test.jsonl, aime/aime24.jsonl and aime/aime25.jsonl.
+"""
+
+import doctest
 import importlib.util
 import itertools
 import json
@@ -10,52 +15,69 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import verifier
 from verifier import extract_answer, gold_answer, grade, math_reward, verifiable
 
-DATA = ROOT.parent / "shared" / "data"
+DATA = os.environ.get("ENTROPY_RL_DATA")
 CASES = [json.loads(line) for line in (ROOT / "tests" / "verifier_cases.jsonl").read_text().splitlines()]
-HANG_SECONDS = 4.0
+GUARD_SECONDS = 60  # a guard against a hang, not a measurement: everything here takes a few seconds
 needs_math_verify = pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="math-verify is missing")
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 
 
 def rows(name: str) -> list[dict]:
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of one file of the data folder. Without the folder, the test is skipped."""
+    if not DATA:
+        pytest.skip("ENTROPY_RL_DATA is not set: it names a folder with gsm8k/, math500/ and aime/")
+    return [json.loads(line) for line in (Path(DATA) / name).read_text().splitlines()]
 
 
-def run_python(code: str, **env: str) -> str:
+def run_python(code: str, stdin: str = "", **env: str) -> str:
+    """What the code prints in a new Python process. The process must succeed within GUARD_SECONDS."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=GUARD_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs. A zombie, which only waits to be collected, does not run."""
+    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return state not in ("", "Z")
+
+
+def dies(pid: int) -> bool:
+    """Wait until a process has ended, but not longer than GUARD_SECONDS."""
+    for _ in range(GUARD_SECONDS * 20):
+        if not alive(pid):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 @pytest.fixture
 def fresh_worker():
-    """No worker and no remembered verdict before, and none after."""
-
-    def reset():
-        verifier._stop()
-        verifier._judge.cache_clear()
-        verifier._usable = True
-
-    reset()
+    """Before and after the test there is no worker process and no remembered verdict."""
+    verifier.worker.reset()
     yield
-    reset()
+    verifier.worker.reset()
 
 
 @pytest.fixture
 def fake_library(tmp_path, monkeypatch, fresh_worker):
-    """A math-verify that prints, hangs, crashes or takes memory on command, and otherwise calls everything equal."""
+    """A math-verify that prints, hangs, crashes or takes memory on command. To it, all other answers are equal."""
     package = tmp_path / "math_verify"
     package.mkdir()
     (package / "parser.py").write_text("def NormalizationConfig(**options): pass\n")
@@ -76,13 +98,17 @@ def fake_library(tmp_path, monkeypatch, fresh_worker):
 # ---- labelled cases
 
 
+def test_the_examples_in_the_docstrings_are_right():
+    assert doctest.testmod(verifier).failed == 0
+
+
 @needs_math_verify
+@pytest.mark.slow
 def test_verdicts_agree_with_the_labels():
     wrong = []
     for case in CASES:
-        start = time.monotonic()
-        reward = math_reward(case["completion"], case["answer"])
-        assert time.monotonic() - start < HANG_SECONDS, case["reason"]
+        reward, status = grade(case["completion"], case["answer"])
+        assert status != "timeout", case["reason"]
         if reward != case["reward"]:
             wrong.append((case["reason"], case["completion"][:80], case["answer"], reward))
     false_positives = [w for w in wrong if w[3] == 1]
@@ -92,6 +118,7 @@ def test_verdicts_agree_with_the_labels():
 
 
 @needs_math_verify
+@pytest.mark.slow
 def test_verdicts_do_not_depend_on_the_hash_seed():
     code = (
         "import json, verifier\n"
@@ -102,17 +129,20 @@ def test_verdicts_do_not_depend_on_the_hash_seed():
 
 
 @needs_math_verify
-def test_threads_get_the_same_verdicts(fresh_worker):
-    some = CASES[::3]
-    expected = [grade(case["completion"], case["answer"]) for case in some]
-    verifier._judge.cache_clear()
+@pytest.mark.slow
+def test_threads_get_the_same_verdicts_as_one_thread(fresh_worker):
+    completions = [case["completion"] for case in CASES[::3]]
+    answers = [case["answer"] for case in CASES[::3]]
+    expected = list(map(grade, completions, answers))
+    verifier.worker.reset()
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda case: grade(case["completion"], case["answer"]), some)) == expected
+        assert list(pool.map(grade, completions, answers)) == expected
 
 
 # ---- data sets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "solved"),
     [
@@ -123,7 +153,7 @@ def test_threads_get_the_same_verdicts(fresh_worker):
         pytest.param("math500/test.jsonl", 499, marks=needs_math_verify),
     ],
 )
-def test_every_gold_is_verifiable_in_every_form_and_solutions_earn_the_reward(name, solved):
+def test_every_gold_is_verifiable_in_every_form_and_nearly_all_solutions_earn_the_reward(name, solved):
     data = rows(name)
     for row in data:
         gold = gold_answer(row["answer"])
@@ -140,7 +170,7 @@ def test_the_solution_of_one_problem_does_not_solve_another():
         assert math_reward(other["answer"], row["answer"]) == equal
 
 
-def test_gold_comes_out_of_every_field_layout():
+def test_the_gold_is_found_in_every_layout_of_the_field():
     assert gold_answer("3+4=<<3+4=7>>7\n#### 7") == "7"
     assert gold_answer(r"First \boxed{1}. Hence $\boxed{\frac{1}{2}}$, not \boxed{") == r"\frac{1}{2}"
     assert gold_answer(" 025 ") == "025"
@@ -211,12 +241,12 @@ def test_numbers_are_compared_without_tolerance():
     assert math_reward(r"\boxed{0.100}", r"\frac{1}{10}") == 1.0
 
 
-def test_plain_numbers_and_words_never_reach_the_worker(monkeypatch):
-    monkeypatch.setattr(verifier, "_judge", None)
+def test_plain_numbers_and_words_do_not_start_a_worker(fresh_worker):
     golds = ["7", "-1,000", r"\frac{3}{4}", "2 1/2", "15%", r"5 \text{ cents}", "52_8", "Tuesday", r"\text{(C)}"]
     for gold in golds:
         assert grade(rf"\boxed{{{gold}}}", gold) == (1.0, "correct")
         assert grade(r"\boxed{8}", gold) == (0.0, "wrong")
+    assert verifier.worker.pid is None
 
 
 @needs_math_verify
@@ -275,22 +305,21 @@ HOSTILE = [
 ]
 
 
-def assert_harmless(gold: str):
-    for text in HOSTILE:
-        start = time.monotonic()
-        assert grade(text, gold)[0] == 0.0, text[:80]
-        assert time.monotonic() - start < HANG_SECONDS, text[:80]
+@needs_math_verify
+def test_hostile_text_earns_nothing_and_does_not_hang():
+    # This needs another process, because a thread cannot stop a regular expression that hangs.
+    code = "import json, sys, verifier; print([verifier.grade(text, '3')[0] for text in json.load(sys.stdin)])"
+    rewards = json.loads(run_python(code, stdin=json.dumps(HOSTILE)))
+    assert len(rewards) == len(HOSTILE)
+    assert [text[:80] for text, reward in zip(HOSTILE, rewards, strict=True) if reward] == []
 
 
 @needs_math_verify
-def test_hostile_text_earns_nothing_and_takes_no_time():
-    assert_harmless("3")
-
-
-@needs_math_verify
-def test_hostile_text_is_harmless_off_the_main_thread(fresh_worker):
+@pytest.mark.slow
+def test_hostile_text_earns_nothing_in_another_thread(fresh_worker):
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(assert_harmless, "x^2+1").result()
+        rewards = list(pool.map(lambda text: math_reward(text, "x^2+1"), HOSTILE))
+    assert [text[:80] for text, reward in zip(HOSTILE, rewards, strict=True) if reward] == []
 
 
 @pytest.mark.parametrize("junk", [None, 7, 7.0, b"\\boxed{7}", ["7"], {}, object()])
@@ -304,23 +333,35 @@ def test_arguments_that_are_no_text_earn_nothing_and_raise_nothing(junk):
 # ---- the worker
 
 
+@needs_posix
 @needs_math_verify
 def test_a_killed_worker_is_replaced(fresh_worker):
     assert math_reward(r"\boxed{x+x}", "2x") == 1.0
-    first = verifier._worker
-    first.kill()
-    first.wait()
+    first = verifier.worker.pid
+    os.kill(first, signal.SIGKILL)
+    assert dies(first)
     assert math_reward(r"\boxed{y+y}", "2y") == 1.0
-    assert verifier._worker.pid != first.pid
+    assert verifier.worker.pid != first
 
 
-def test_what_the_library_prints_is_no_verdict(fake_library):
+@needs_posix
+def test_reset_stops_the_process_and_forgets_the_verdicts(fake_library):
+    assert grade(r"\boxed{x+y}", "x+y+z") == (1.0, "correct")
+    first = verifier.worker.pid
+    verifier.worker.reset()
+    assert verifier.worker.pid is None and not alive(first)
+    assert grade(r"\boxed{x+y}", "x+y+z") == (1.0, "correct")
+    assert verifier.worker.pid not in (None, first)
+
+
+def test_what_the_library_prints_is_not_taken_for_a_verdict(fake_library):
     assert grade(r"\boxed{x+print}", "x+y+z") == (1.0, "correct")
 
 
 def test_a_hanging_worker_is_killed_and_the_next_answer_is_not_mixed_up(fake_library, monkeypatch):
     monkeypatch.setattr(verifier, "JOB_SECONDS", 0.5)
     assert grade(r"\boxed{x+hang}", "x+y+z") == (0.0, "timeout")
+    monkeypatch.setattr(verifier, "JOB_SECONDS", GUARD_SECONDS)
     assert grade(r"\boxed{x+y}", "x+y+z") == (1.0, "correct")
 
 
@@ -347,30 +388,21 @@ def test_without_math_verify_equal_text_counts_and_one_line_warns(tmp_path, monk
 @needs_posix
 @needs_math_verify
 def test_no_worker_outlives_a_killed_parent():
-    code = "import verifier as v; v.math_reward('\\\\boxed{x+x}', '2x'); print(v._worker.pid, flush=True); input()"
+    code = "import verifier as v; v.math_reward('\\\\boxed{x+x}', '2x'); print(v.worker.pid, flush=True); input()"
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     worker = int(parent.stdout.readline())
-    os.kill(worker, 0)  # it is there
+    assert alive(worker)
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and alive(worker):
-        time.sleep(0.05)
-    assert not alive(worker)
-
-
-def alive(pid: int) -> bool:
-    """Running, and not a zombie that waits for whoever adopted it."""
-    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return state not in ("", "Z")
+    assert dies(worker)
 
 
 @needs_posix
 @needs_math_verify
 def test_no_worker_is_left_after_a_normal_exit():
-    worker = int(run_python("import verifier as v; v.math_reward('\\\\boxed{x+x}', '2x'); print(v._worker.pid)"))
+    worker = int(run_python("import verifier as v; v.math_reward('\\\\boxed{x+x}', '2x'); print(v.worker.pid)"))
     assert not alive(worker)
 
 
@@ -378,35 +410,35 @@ def test_no_worker_is_left_after_a_normal_exit():
 @needs_math_verify
 def test_a_forked_child_starts_its_own_worker_and_leaves_the_parents_alone():
     code = """
-import os, signal, threading, verifier
+import os, signal, threading, time, verifier
+verifier.JOB_SECONDS = 60
 assert verifier.math_reward("\\\\boxed{x+x}", "2x") == 1.0
-parents = verifier._worker.pid
-held, done = threading.Event(), threading.Event()
-def hold():  # as a thread does that waits for a verdict
-    with verifier._lock:
-        held.set()
-        done.wait()
-threading.Thread(target=hold).start()
-held.wait()
+parents = verifier.worker.pid
+os.kill(parents, signal.SIGSTOP)  # now a thread has to wait for its verdict, and holds the lock
+thread = threading.Thread(target=verifier.math_reward, args=("\\\\boxed{z+z}", "2z"))
+thread.start()
+time.sleep(0.5)
 child = os.fork()
 if child == 0:
-    signal.alarm(20)
-    fine = verifier.math_reward("\\\\boxed{y+y}", "2y") == 1.0 and verifier._worker.pid != parents
+    signal.alarm(50)
+    fine = verifier.math_reward("\\\\boxed{y+y}", "2y") == 1.0 and verifier.worker.pid != parents
     os._exit(0 if fine else 1)
-done.set()
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert verifier.math_reward("\\\\boxed{z+z}", "2z") == 1.0 and verifier._worker.pid == parents
+os.kill(parents, signal.SIGCONT)
+thread.join()
+assert verifier.math_reward("\\\\boxed{u+u}", "2u") == 1.0 and verifier.worker.pid == parents
 """
     run_python(code)
 
 
 @needs_posix
 @needs_math_verify
-def test_an_interrupted_job_does_not_answer_the_next_one(fresh_worker):
+def test_an_interrupted_job_does_not_answer_the_next_one(fresh_worker, monkeypatch):
+    monkeypatch.setattr(verifier, "JOB_SECONDS", GUARD_SECONDS)
     assert math_reward(r"\boxed{x+x}", "2x") == 1.0
-    os.kill(verifier._worker.pid, signal.SIGSTOP)  # so that the interrupt arrives while the reply is awaited
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    os.kill(verifier.worker.pid, signal.SIGSTOP)  # the reply does not come, so the interrupt comes first
     with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         grade(r"\boxed{y+y}", "2y")
     assert grade(r"\boxed{z+z+z}", "2z") == (0.0, "wrong")
     assert grade(r"\boxed{y+y}", "2y") == (1.0, "correct")

@@ -11,10 +11,9 @@ pytest.importorskip("transfer_queue")
 
 import numpy as np
 import torch
-from conftest import ROOT
+from helpers import ROOT, SCRIPTS, batch, random_logprobs
 from hydra import compose, initialize_config_module
 from tensordict import TensorDict
-from test_methods import batch, logprobs
 from verl import DataProto
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
@@ -24,12 +23,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
 
-import egsw
 import grpo_s
-import gtpo
 from common import loss_weights
 from integrations import verl_plugin
 
+pytestmark = pytest.mark.slow
 METHODS = ["egsw", "gtpo", "grpo_s"]
 REDUCTIONS = {"seq-mean-token-mean": "sequence", "token-mean": "token", "seq-mean-token-sum-norm": "constant"}
 
@@ -64,14 +62,9 @@ def in_verl(method, rewards, uids, mask, entropy, *overrides):
     return result["advantages"]
 
 
-def ours(method, rewards, group, mask, entropy):
-    """Advantages [B, T] by the script's own functions, with its defaults; EGSW's weights are in them."""
-    if method == "egsw":
-        A = egsw.advantages(rewards, group)
-        return A[:, None] * egsw.weights(A, entropy, mask, group)
-    if method == "gtpo":
-        return gtpo.advantages(*gtpo.shaped_rewards(rewards, entropy, mask, group), rewards, mask, group)
-    return grpo_s.advantages(grpo_s.shaped_rewards(rewards, entropy, mask, group), rewards, group)[:, None] * mask
+def ours(method, rewards, group, mask, entropy, **options):
+    """Advantages [B, T] by the script's own function."""
+    return SCRIPTS[method].token_advantages(rewards, entropy, mask, group, **options)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -145,19 +138,7 @@ def test_every_configuration_key_reaches_the_function(method, keys):
     """With all keys the result is the script's with these values; left out one at a time, it is another."""
     r, uids, m, H, _ = shuffled(3, padding=0)
     mask, group = m.float(), torch.from_numpy(np.unique(uids.astype(str), return_inverse=True)[1])
-    if method == "egsw":
-        A = egsw.advantages(r, group, "rloo")
-        expected = A[:, None] * egsw.weights(A, H, mask, group, 2.0, 0.7, False, False)
-    elif "alpha1" in keys:
-        shaped = gtpo.shaped_rewards(r, H, mask, group, 0.9, 0.2, "row", "geometric", "group", 0.5, 1.0)
-        expected = gtpo.advantages(*shaped, r, mask, group)
-    elif method == "gtpo":
-        punishment = gtpo.overlong_punishment(r, mask.sum(1), group, 0.75)
-        shaped = gtpo.shaped_rewards(r, H, mask, group, scope="batch", punishment=punishment)
-        expected = gtpo.advantages(*shaped, r, mask, group, "batch", "own")
-    else:
-        shaped = grpo_s.shaped_rewards(r, H, mask, group, 0.9, 0.2, "geometric", 0.5)
-        expected = grpo_s.advantages(shaped, r, group)[:, None] * mask
+    expected = ours(method, r, group, mask, H, **keys)
     settings = {key: f"+algorithm.{method}.{key}={value}" for key, value in keys.items()}
     torch.testing.assert_close(in_verl(method, r, uids, m, H, *settings.values()), expected, atol=1e-6, rtol=1e-6)
     for key in keys:
@@ -212,16 +193,13 @@ def worker_loss(config, new, old, A, mask, rows, **more):
 
 
 def script_loss(name, new, old, rewards, group, mask, entropy, reduction):
-    """The script's scalar loss, put together as in its main()."""
-    if name == "egsw":
-        A = egsw.advantages(rewards, group)
-        per_token = egsw.weights(A, entropy, mask, group) * egsw.loss(new, old, A, mask, 0.2, 0.28)
-    elif name == "gtpo":
-        per_token = gtpo.loss(new, old, ours(name, rewards, group, mask, entropy), mask, 0.2, 0.28)
-    else:
-        A = grpo_s.advantages(grpo_s.shaped_rewards(rewards, entropy, mask, group), rewards, group)
-        ratio = "arithmetic" if name.endswith("arithmetic") else "geometric"
-        per_token = grpo_s.loss(new, old, A, mask, 0.2, 0.28, ratio)
+    """The scalar loss from the script's own functions."""
+    method = name.removesuffix("_arithmetic")
+    A = ours(method, rewards, group, mask, entropy)
+    ratio = (new - old).exp()
+    if method == "grpo_s":
+        ratio = grpo_s.sequence_ratio(new, old, mask, "geometric" if name == method else "arithmetic")[:, None]
+    per_token = SCRIPTS[method].loss(ratio, A, mask, 0.2, 0.28)
     return (per_token * loss_weights(mask, reduction)).sum()
 
 
@@ -231,7 +209,7 @@ def test_verls_loss_and_gradient_over_micro_batches_are_the_scripts(name, agg):
     rewards, group, mask, entropy = batch(4)
     mask[0] = 1.0  # the longest row fills the width, which "constant" divides by
     entropy[0] = 0.5
-    new, old = logprobs(mask)
+    new, old = random_logprobs(mask)
     expected = script_loss(name, new, old, rewards, group, mask, entropy, REDUCTIONS[agg])
     (grad,) = torch.autograd.grad(expected, new)
 
@@ -279,7 +257,7 @@ def test_bf16_log_probs_are_averaged_in_float32():
 
 def test_rollout_correction_weights_multiply_the_loss():
     rewards, group, mask, entropy = batch(5)
-    new, old = logprobs(mask)
+    new, old = random_logprobs(mask)
     A, rows = ours("gtpo", rewards, group, mask, entropy), torch.arange(len(mask))
     plain, _ = worker_loss(actor("gtpo", "token-mean"), new, old, A, mask, rows)
     half, _ = worker_loss(actor("gtpo", "token-mean"), new, old, A, mask, rows, rollout_is_weights=0.5 * mask)

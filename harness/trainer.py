@@ -1,0 +1,366 @@
+"""One step of RL training: sample, verify, minibatches, optimizer_step. The loop in every script calls these.
+
+    rollout = trainer.verify(trainer.sample())                      prompts -> completions -> rewards
+    ...                                                             the method: rewards -> advantages
+    for minibatch in trainer.minibatches(rollout, reduction, A):    one optimizer step each
+        for batch in minibatch:                                     some rows, scored by the policy as it is now
+            ...                                                     the method's loss, and its backward()
+        trainer.optimizer_step()
+
+The update is cut into pieces in this order:
+
+    rollout -> minibatches (--minibatches; each is one optimizer step)
+            -> unique completions (equal completions of a prompt are scored once)
+            -> a part for each process
+            -> micro-batches (--token-budget; what fits into memory at once)
+
+None of this changes the result except by rounding, because the loss of every token is divided by counts of its whole
+minibatch.
+"""
+
+import functools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import common
+import verifier
+from common import Rollout, concatenate
+from harness import cuda_graphs, data, distributed
+from harness.options import RunConfig
+
+
+@dataclass
+class Batch:
+    """A micro-batch: b rows of the rollout with what a loss needs. Row i of it is row `rows[i]` of the rollout."""
+
+    rows: Tensor  # [b]
+    mask: Tensor  # [b, T]
+    logprobs: Tensor  # [b, T] of the policy as it is now, with gradient
+    old_logprobs: Tensor  # [b, T] of the policy that sampled; with one minibatch the same numbers as logprobs
+    loss_weights: Tensor  # [b, T] sum(loss * loss_weights) over the minibatch is the mean that --reduction names
+
+
+# --- how an update is cut into pieces ---------------------------------------------------------------------------------
+
+
+@dataclass
+class MicroBatch:
+    """Rows of the rollout that are scored together. Their log-probs are those of scored_rows[place]."""
+
+    scored_rows: Tensor  # [u] rows with different completions
+    rows: Tensor  # [b] all rows that have one of these completions
+    place: Tensor  # [b] the place of each row's completion in scored_rows
+
+
+def unique_completions(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with different completions, one for each: representatives [u], and for each of rows [n] the place of its
+    completion among them [n].
+
+    Equal completions of one prompt have equal log-probs, so scoring one of them is enough. They are common where the
+    policy is sure. To do without this, return rows and torch.arange(len(rows)).
+
+    Example: rows 7, 8 and 9 of one prompt read "5", "4" and "5" -> representatives [8, 7], places [1, 0, 1].
+    """
+    tokens = torch.where(rollout.mask[rows] > 0, rollout.completion_ids[rows], -1)  # [n, T] padding must not count
+    keys = torch.cat([rollout.group[rows, None], tokens], 1)
+    _, place = keys.unique(dim=0, return_inverse=True)  # sorted by prompt, then by tokens
+    n_unique = int(place.max()) + 1
+    index = torch.arange(len(rows), device=rows.device)
+    first = torch.full((n_unique,), len(rows), device=rows.device).scatter_reduce(0, place, index, "amin")  # [u]
+    return rows[first], place
+
+
+def deal(lengths: Tensor, n_processes: int) -> list[Tensor]:
+    """Deals rows to processes like cards, the longest first, so that each gets long and short ones. lengths [n], tokens
+    -> the indices of each process's rows, longest first.
+
+    Example: deal([5, 9, 7], 2) -> [[1, 0], [2]]: process 0 gets the rows of 9 and 5 tokens, process 1 that of 7.
+    """
+    longest_first = lengths.argsort(descending=True, stable=True)
+    return [longest_first[process::n_processes] for process in range(n_processes)]
+
+
+def microbatches(lengths: Tensor, token_budget: int) -> list[Tensor]:
+    """Cuts rows into micro-batches. Rows are sorted by length, so that there is little padding; each micro-batch takes
+    as many as keep rows x longest within the budget, and at least one. lengths [n], tokens -> indices of each.
+
+    Example: microbatches([4, 9, 5], token_budget=10) -> [[1], [2, 0]]: 1 x 9 tokens, then 2 x 5.
+    """
+    longest_first = lengths.argsort(descending=True, stable=True)
+    sorted_lengths = lengths[longest_first].tolist()
+    batches = []
+    start = 0
+    while start < len(lengths):
+        n_rows = max(1, int(token_budget // sorted_lengths[start]))
+        batches.append(longest_first[start : start + n_rows])
+        start += n_rows
+    return batches
+
+
+def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int) -> list[MicroBatch]:
+    """This process's micro-batches of these rows. All processes get the same number of micro-batches, because FSDP runs
+    them in lockstep: a process with fewer gets empty ones, which score one row and use nothing of it."""
+    if len(rows) == 0:
+        return []
+    representatives, place = unique_completions(rollout, rows)
+    lengths = (rollout.prompt_lengths + rollout.completion_lengths())[representatives]  # [u] tokens
+    hands = deal(lengths, distributed.world_size())
+    batches_of_process = [[hand[batch] for batch in microbatches(lengths[hand], token_budget)] for hand in hands]
+
+    plan = []
+    for unique_batch in batches_of_process[distributed.rank()]:
+        place_in_batch = torch.full_like(representatives, -1)  # [u] -1: not in this batch
+        place_in_batch[unique_batch] = torch.arange(len(unique_batch), device=rows.device)
+        in_batch = place_in_batch[place] >= 0  # [n]
+        plan.append(MicroBatch(representatives[unique_batch], rows[in_batch], place_in_batch[place][in_batch]))
+    n_microbatches = max(len(batches) for batches in batches_of_process)
+    shortest = representatives[lengths.argmin()][None]
+    empty = MicroBatch(scored_rows=shortest, rows=rows[:0], place=rows[:0])
+    return plan + [empty] * (n_microbatches - len(plan))
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sums:
+    """Sums over the tokens of an update, from which its metrics are computed."""
+
+    values: dict[str, float] = field(default_factory=dict)  # by the name of the metric
+    tokens: float = 0.0
+    scored_tokens: float = 0.0  # in rows that have a gradient
+
+    def add(self, name: str, value: float) -> None:
+        self.values[name] = self.values.get(name, 0.0) + value
+
+
+def load_policy(cfg: RunConfig, source: str, device: torch.device):
+    """The model of a checkpoint, sharded over the processes with --fsdp, and its tokenizer."""
+    load_on = torch.device("cpu") if cfg.fsdp else device  # the whole model need not fit on one GPU
+    model, tokenizer = data.load_model(source, load_on, cfg.trust_remote_code, cfg.gradient_checkpointing)
+    if cfg.fsdp:
+        distributed.shard(model, device)
+    return model, tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n problems in this pass through them: a new one every time."""
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+
+
+class Trainer:
+    """A model in training, and one step after the other. It writes no files.
+
+    problems: {"question", "answer", "prompt_ids"}, to train on. source: the checkpoint that the run started from; the
+    KL is measured to it.
+    """
+
+    def __init__(self, cfg: RunConfig, model, tokenizer, problems: list[dict], source: str):
+        self.cfg = cfg
+        self.model = model
+        self.tokenizer = tokenizer
+        self.problems = problems
+        self.source = source
+        self.device: torch.device = model.device
+        self.eos_ids = data.stop_ids(model, tokenizer)
+        self.optimizer: torch.optim.Optimizer
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+        self.start_schedule(updates=0)
+        self.token_logprobs = distributed.bind(common.token_logprobs, model)
+        self.reference_token_logprobs: Callable | None = None  # the same of the model that the KL is measured to
+        self.uniforms = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
+        self.position = 0  # training prompts drawn so far
+        self.tokens = 0  # completion tokens sampled so far
+        self.bad_steps = 0  # steps in a row that skipped an optimizer step
+        self.seconds: dict[str, float] = {}  # of each phase of this step
+        self.update_metrics: dict[str, float] = {}  # of this step
+
+    def start_schedule(self, updates: int) -> None:
+        """The learning rate rises to --lr over the first --warmup-steps optimizer steps; `updates` of them are done."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.lr
+            group["initial_lr"] = self.cfg.lr  # a checkpoint may hold another
+        warmup = max(1, self.cfg.warmup_steps)
+        self.scheduler = LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup), last_epoch=updates - 1)
+
+    def sample(self) -> Rollout:
+        """Completions of the next n_prompts training problems, group_size of each."""
+        start = time.perf_counter()
+        cfg = self.cfg
+        problems = []
+        for position in range(self.position, self.position + cfg.n_prompts):
+            epoch, place = divmod(position, len(self.problems))
+            order = epoch_order(len(self.problems), cfg.seed, epoch)
+            problems.append(self.problems[order[place]])
+        self.position += cfg.n_prompts
+        uniforms = torch.rand(cfg.n_prompts * cfg.group_size, cfg.max_new_tokens, generator=self.uniforms)
+        rollout = self.generate(problems, cfg.group_size, uniforms)
+        self.tokens += int(rollout.mask.sum())
+        self.clock("sample", start)
+        return rollout
+
+    def generate(self, problems: list[dict], group_size: int, uniforms: Tensor | None) -> Rollout:
+        """Completions of these problems, group_size of each, decoded; their rewards are still 0. uniforms: [B, T], or
+        None for the most probable tokens. Each process samples for some of the problems and gets what others sampled.
+        """
+        cfg = self.cfg
+        sampler = cuda_graphs.sample if cfg.cuda_graphs else common.sample
+        my_problems = distributed.my_slice(len(problems))
+        at_a_time = max(1, cfg.rollout_rows // group_size)
+        parts = []
+        with distributed.unsharded(self.model):
+            for start in range(my_problems.start, my_problems.stop, at_a_time):
+                stop = min(start + at_a_time, my_problems.stop)
+                prompts = [problem["prompt_ids"] for problem in problems[start:stop]]
+                numbers = None if uniforms is None else uniforms[start * group_size : stop * group_size]
+                parts.append(
+                    sampler(self.model, prompts, group_size, cfg.max_new_tokens, self.eos_ids, numbers, cfg.temperature)
+                )
+        rollout = distributed.gather_rollout(concatenate(parts) if parts else None, self.device)
+        lengths = rollout.completion_lengths().long().tolist()
+        ids = [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
+        completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for group, completion in zip(rollout.group.tolist(), completions, strict=True):
+            problem = problems[group]
+            text = {"question": problem["question"], "answer": problem["answer"], "completion": completion}
+            rollout.texts.append(text)
+        return rollout
+
+    def verify(self, rollout: Rollout) -> Rollout:
+        """Fills in the rewards, 1 for a right answer and 0 otherwise, and adds the verdicts to the texts."""
+        start = time.perf_counter()
+        my_texts = rollout.texts[distributed.my_slice(len(rollout))]
+        my_grades = [verifier.grade(text["completion"], text["answer"]) for text in my_texts]
+        grades = [grade for part in distributed.all_gather(my_grades) for grade in part]
+        rollout.rewards = torch.tensor([reward for reward, _ in grades], device=self.device)
+        for text, (_, verdict) in zip(rollout.texts, grades, strict=True):
+            text["verdict"] = verdict
+        self.clock("verify", start)
+        return rollout
+
+    def reference_logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probs [B, T] of the completions under the model that the run started from."""
+        if self.reference_token_logprobs is None:
+            model, _ = load_policy(self.cfg, self.source, self.device)
+            self.reference_token_logprobs = distributed.bind(common.token_logprobs, model.requires_grad_(False))
+        all_rows = torch.arange(len(rollout), device=self.device)
+        plan = plan_microbatches(rollout, all_rows, self.cfg.token_budget)
+        logprobs = self.score(self.reference_token_logprobs, rollout, plan)
+        distributed.all_reduce(logprobs)  # one process has scored a row, the others have zeros there
+        return logprobs
+
+    @torch.no_grad()
+    def score(self, token_logprobs: Callable, rollout: Rollout, plan: list[MicroBatch]) -> Tensor:
+        """Log-probs of the rows in these micro-batches, 0 for other rows: [B, T], without gradient."""
+        logprobs = torch.zeros_like(rollout.mask)
+        for microbatch in plan:
+            logprobs[microbatch.rows] = self.score_microbatch(token_logprobs, rollout, microbatch)
+        return logprobs
+
+    def score_microbatch(self, token_logprobs: Callable, rollout: Rollout, microbatch: MicroBatch) -> Tensor:
+        """Log-probs of the microbatch's rows. [b, T]"""
+        u = microbatch.scored_rows
+        with common.autocast(self.device):
+            logprobs, _ = token_logprobs(
+                rollout.prompt_ids[u], rollout.prompt_lengths[u], rollout.completion_ids[u], rollout.mask[u],
+                self.cfg.temperature,
+            )  # fmt: skip
+        return logprobs[microbatch.place]
+
+    def minibatches(self, rollout: Rollout, reduction: str, active: Tensor | None = None) -> Iterator[Iterator[Batch]]:
+        """Yields the parts of a step's update, --minibatches of them, for one optimizer step each; each part yields its
+        micro-batches. The caller calls backward() for every micro-batch, and then optimizer_step() for the part.
+
+        reduction: see common.loss_weights. active: [B] or [B, T], such as the advantages. A row of zeros has no
+        gradient, so it is not scored, but its tokens count in the mean of the loss. None: every row has a gradient.
+        """
+        start = time.perf_counter()
+        all_rows = torch.arange(len(rollout), device=self.device)
+        has_gradient = torch.ones_like(all_rows, dtype=torch.bool)  # [B]
+        if active is not None:
+            has_gradient = active.ne(0) if active.dim() == 1 else active.ne(0).any(1)
+        parts = [rows for rows in all_rows.tensor_split(self.cfg.minibatches) if len(rows)]
+        plans = [plan_microbatches(rollout, rows[has_gradient[rows]], self.cfg.token_budget) for rows in parts]
+        old_logprobs = None
+        if len(parts) > 1:  # later parts meet a policy that has moved; score them now, cut into the same micro-batches
+            old_logprobs = self.score(self.token_logprobs, rollout, [batch for plan in plans for batch in plan])
+
+        self.model.train()
+        self.step_sums = Sums()
+        self.grad_norms: list[float] = []
+        for rows, plan in zip(parts, plans, strict=True):
+            self.minibatch_sums = Sums()
+            self.minibatch_sums.tokens = float(rollout.mask[rows].sum())
+            self.minibatch_sums.scored_tokens = float(rollout.mask[rows[has_gradient[rows]]].sum())
+            weights = torch.zeros_like(rollout.mask)  # [B, T]
+            weights[rows] = common.loss_weights(rollout.mask[rows], reduction)
+            yield self.batches(rollout, plan, weights, old_logprobs)
+        self.update_metrics = self.metrics_of_update(len(parts))
+        self.bad_steps = self.bad_steps + 1 if self.update_metrics["skipped_updates"] else 0
+        self.clock("update", start)
+
+    def batches(self, rollout: Rollout, plan: list[MicroBatch], loss_weights: Tensor, old_logprobs: Tensor | None):
+        """Scores one micro-batch after the other and yields it. old_logprobs None: the policy has not moved yet."""
+        for microbatch in plan:
+            rows = microbatch.rows
+            logprobs = self.score_microbatch(self.token_logprobs, rollout, microbatch)
+            old = logprobs.detach() if old_logprobs is None else old_logprobs[rows]
+            batch = Batch(rows, rollout.mask[rows], logprobs, old, loss_weights[rows])
+            gap = (old - rollout.logprobs[rows]).abs()
+            self.minibatch_sums.add("sampling_logp_difference", float((gap * batch.mask).sum()))
+            yield batch
+
+    def record(self, batch: Batch, loss: Tensor, **metrics: Tensor) -> None:
+        """Adds a micro-batch to the step's metrics: the loss of each token, [b, T], and tensors [b, T] or [b, 1]
+        whose mean over all tokens is logged."""
+        for name, value in metrics.items():
+            self.minibatch_sums.add(name, float((value.detach() * batch.mask).sum()))
+        self.minibatch_sums.add("loss", float((loss.detach() * batch.loss_weights).sum()))
+
+    def optimizer_step(self) -> None:
+        """Steps on the gradient of the minibatch, after clipping its norm. If loss or gradient is not finite, it skips
+        the step, and leaves the minibatch out of the metrics: the weights are still good."""
+        values = distributed.all_reduce_dict(self.minibatch_sums.values)
+        distributed.all_reduce_gradients(self.model)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
+        norm = float(distributed.full_tensor(grad_norm))
+        if math.isfinite(norm) and math.isfinite(values.get("loss", 0.0)):
+            self.optimizer.step()
+            self.scheduler.step()
+            self.grad_norms.append(norm)
+            self.step_sums.tokens += self.minibatch_sums.tokens
+            self.step_sums.scored_tokens += self.minibatch_sums.scored_tokens
+            for name, value in values.items():
+                self.step_sums.add(name, value)
+        self.optimizer.zero_grad(set_to_none=True)  # sampling does not need this memory
+
+    def metrics_of_update(self, n_minibatches: int) -> dict[str, float]:
+        """The metrics of the update that has just ended, without what it skipped."""
+        n_updates = len(self.grad_norms)
+        means = {}
+        for name, value in self.step_sums.values.items():
+            if name == "loss":
+                means[name] = value / n_updates
+            elif name == "sampling_logp_difference":
+                means[name] = value / max(1.0, self.step_sums.scored_tokens)
+            else:
+                means[name] = value / max(1.0, self.step_sums.tokens)
+        return {
+            "loss": 0.0,  # if no row had a gradient
+            **means,
+            "skipped_updates": n_minibatches - n_updates,
+            "grad_norm": sum(self.grad_norms) / max(1, n_updates),
+            "lr": float(self.scheduler.get_last_lr()[0]),
+        }
+
+    def clock(self, phase: str, start: float) -> None:
+        """Adds the time since `start` to the seconds of a phase."""
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 4)

@@ -1,0 +1,236 @@
+"""main() of each script: one step on a fixed rollout, and the gradient that reaches the optimizer. It must be that of
+plain loops over the full logits, with the defaults and with every option changed in turn."""
+
+from types import SimpleNamespace
+
+import plain
+import pytest
+import torch
+from helpers import SCRIPTS, T, call, naive_score, rollout_of
+from test_methods import DEFAULTS
+
+from common import concatenate
+from harness import trainer
+
+SHARED = {"minibatches": 1, "temperature": 1.0, "max_grad_norm": 1.0}
+SIZE = {"n_prompts": 4, "group_size": 4, "max_new_tokens": T, "steps": 1, "eval_rows": 0}
+
+# One value of each option that is not its default.
+CHANGES = {
+    "grpo": dict(advantage=["dr_grpo", "rloo"], clip_low=[0.05], clip_high=[0.05], kl_coef=[0.3],
+                 reduction=["token", "constant"]),
+    "dapo": dict(minibatches=[1, 3], max_rounds=[1, 2], overlong_cache=[0.0, 0.6], overlong_filter=[True],
+                 clip_low=[0.05], clip_high=[0.05], reduction=["sequence", "constant"]),
+    "egsw": dict(advantage=["dr_grpo", "rloo"], alpha=[0.0, 2.0], weight_temperature=[0.5], step_wise=[False],
+                 mean_one=[False], clip_low=[0.05], clip_high=[0.05], kl_coef=[0.3],
+                 reduction=["sequence", "constant"]),
+    "gtpo": dict(alpha1=[0.4], alpha2=[0.0, 0.7], compare=["row", "matrix"], mean=["geometric"], scope=["batch"],
+                 normalize=["own"], entropy_min=[0.4], entropy_max=[0.6], overlong_gamma=[0.75], clip_low=[0.05],
+                 clip_high=[0.05], reduction=["sequence", "constant"]),
+    "grpo_s": dict(beta1=[0.4], beta2=[0.0, 0.7], mean=["geometric"], entropy_min=[0.7], ratio=["arithmetic"],
+                   clip_low=[0.001], clip_high=[0.001], reduction=["token", "constant"]),
+}  # fmt: skip
+EVERYWHERE = dict(temperature=[0.7], minibatches=[2], max_grad_norm=[0.01])
+CASES = [
+    (name, option, value)
+    for name in SCRIPTS
+    for option, values in (EVERYWHERE | CHANGES[name]).items()
+    for value in values
+]
+
+
+# --- the fixed rollouts -----------------------------------------------------------------------------------------------
+
+
+def fixed_rollouts(model, tokenizer):
+    """Three rollouts of four prompts. Rewards and entropies are made up; groups have one or both outcomes."""
+    outcomes = [
+        [[1, 0, 0, 1], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]],
+        [[0, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]],
+        [[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1]],
+    ]
+    rng = torch.Generator().manual_seed(5)
+    rollouts = []
+    for seed, rewards in enumerate(outcomes):
+        rollout = rollout_of(model, tokenizer, Q=4, seed=seed)
+        rollout.rewards = torch.tensor(rewards).flatten().float()
+        rollout.entropy = torch.rand(rollout.mask.shape, generator=rng) * rollout.mask
+        rollout.entropy[3, 0] = 0.0  # so that a floor is needed
+        rollout.texts = [{"question": "", "answer": "", "completion": "", "verdict": "wrong"}] * len(rollout)
+        rollouts.append(rollout)
+    return rollouts
+
+
+def noise(shape, seed, scale):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients_of_main(name, options, rollouts, toy, toy_data, tmp_path, monkeypatch, off_policy):
+    """What each optimizer step of main() gets, as one vector each; the weights do not move in between.
+
+    off_policy: the old log-probs are moved away from the policy's, so that ratios differ from 1 and clipping acts.
+    """
+    left = list(rollouts)
+    steps = []
+    score = trainer.Trainer.score
+
+    def moved_score(self, token_logprobs, rollout, plan):
+        logprobs = score(self, token_logprobs, rollout, plan)
+        return (logprobs + noise(logprobs.shape, 1, 0.15)) * rollout.mask if off_policy else logprobs
+
+    def capture(optimizer, *_):
+        steps.append(torch.cat([p.grad.flatten().clone() for p in optimizer.param_groups[0]["params"]]))
+
+    def reference_logprobs(self, rollout):
+        return (rollout.logprobs + noise(rollout.mask.shape, 2, 0.4)) * rollout.mask
+
+    monkeypatch.setattr(trainer.Trainer, "sample", lambda self: left.pop(0))
+    monkeypatch.setattr(trainer.Trainer, "verify", lambda self, rollout: rollout)
+    monkeypatch.setattr(trainer.Trainer, "score", moved_score)
+    monkeypatch.setattr(trainer.Trainer, "reference_logprobs", reference_logprobs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", capture)
+    flags = []
+    for option, value in (SIZE | options).items():
+        flag = option.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    call(monkeypatch, name, "--model", str(toy), "--dataset", str(toy_data), "--out", str(tmp_path), *flags)
+    return steps
+
+
+# --- the same in plain loops ------------------------------------------------------------------------------------------
+
+
+def dapo_batch(rollouts, n_prompts, max_rounds):
+    """The groups that dynamic sampling takes, as (rollout, row indices of the group)."""
+    found = []
+    for rollout in rollouts[:max_rounds]:
+        for g in rollout.group.unique():
+            rows = (rollout.group == g).nonzero().squeeze(1).tolist()
+            if plain.is_mixed(rollout.rewards, rollout.group, rows[0]):
+                found.append((rollout, rows))
+        if len(found) >= n_prompts:
+            break
+    return found[:n_prompts]
+
+
+def plain_advantages(name, o, r):
+    """[B][T]; EGSW's are without its weights."""
+    if name in ("grpo", "egsw"):
+        return plain.spread(plain.grpo_advantages(r.rewards, r.group, o.advantage), r.mask)
+    if name == "dapo":
+        A = plain.dapo_advantages(r.rewards, r.mask, r.group, T, o.overlong_cache * T)
+        return plain.spread(A, r.mask)
+    if name == "gtpo":
+        lengths = [plain.n_tokens(r.mask, i) for i in range(len(r.rewards))]
+        extra = o.overlong_gamma and plain.gtpo_punishment(r.rewards, lengths, r.group, o.overlong_gamma)
+        shaped = plain.gtpo_shaped(
+            r.rewards, r.entropy, r.mask, r.group, o.alpha1, o.alpha2, o.compare, o.mean, o.scope,
+            o.entropy_min, o.entropy_max, extra,
+        )  # fmt: skip
+        return plain.gtpo_advantages(*shaped, r.rewards, r.mask, r.group, o.scope, o.normalize)
+    shaped = plain.grpo_s_shaped(r.rewards, r.entropy, r.mask, r.group, o.beta1, o.beta2, o.mean, o.entropy_min)
+    return plain.spread(plain.grpo_s_advantages(shaped, r.rewards, r.group), r.mask)
+
+
+def plain_gradients(name, options, rollouts, model, off_policy):
+    """The gradient of each optimizer step, in float64."""
+    o = SimpleNamespace(**SHARED | DEFAULTS[name] | options)
+    if name == "dapo":
+        groups = dapo_batch(rollouts, SIZE["n_prompts"], o.max_rounds)
+        r = concatenate([rollout.select(torch.tensor(rows)) for rollout, rows in groups])
+    else:
+        r = rollouts[0].select(torch.arange(16))
+    A = plain_advantages(name, o, r)
+    W = [[1.0] * T for _ in A]
+    if name == "egsw":
+        per_row = [A[i][0] for i in range(len(A))]
+        W = plain.egsw_weights(
+            per_row, r.entropy, r.mask, r.group, o.alpha, o.weight_temperature, o.step_wise, o.mean_one
+        )
+    if name == "dapo" and o.overlong_filter:
+        kept = r.finished.nonzero().squeeze(1)
+        A = [A[i] for i in kept.tolist()]
+        r = r.select(kept)
+
+    reference = (r.logprobs + noise(r.mask.shape, 2, 0.4)) * r.mask
+    steps = []
+    for rows in torch.arange(len(r)).tensor_split(o.minibatches):
+        part = r.select(rows)
+        model.zero_grad()
+        logprobs, _ = naive_score(model, part, o.temperature)
+        old = logprobs.detach()
+        if off_policy:
+            old = old + noise(r.mask.shape, 1, 0.15)[rows]
+        per_token = []
+        for k, i in enumerate(rows.tolist()):
+            n = plain.n_tokens(part.mask, k)
+            log_ratio = [logprobs[k, t] - old[k, t] for t in range(n)]
+            if name != "grpo_s":
+                ratio = [x.exp() for x in log_ratio]
+            elif o.ratio == "geometric":
+                ratio = [(sum(log_ratio) / n).exp()] * n
+            else:
+                ratio = [sum(x.exp() for x in log_ratio) / n] * n
+            row = []
+            for t in range(n):
+                objective = plain.clipped(ratio[t], A[i][t], o.clip_low, o.clip_high)
+                if getattr(o, "kl_coef", 0):
+                    x = reference[i, t] - logprobs[k, t]
+                    objective = objective - o.kl_coef * (x.exp() - x - 1)
+                row.append(-W[i][t] * objective)
+            per_token.append(row)
+        plain.reduced(per_token, part.mask, o.reduction).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        steps.append(gradient * min(1.0, o.max_grad_norm / float(gradient.norm())))
+    return steps
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def compared(loaded, toy, toy_data, tmp_path, monkeypatch):
+    """A function that runs main() with options and compares. Returns the plain gradients."""
+    model, tokenizer = loaded
+    rollouts = fixed_rollouts(model, tokenizer)
+
+    def compare(name, options, off_policy):
+        got = gradients_of_main(name, options, rollouts, toy, toy_data, tmp_path, monkeypatch, off_policy)
+        expected = plain_gradients(name, options, rollouts, model.double(), off_policy)
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected, strict=True):
+            assert (
+                a.double() - b
+            ).norm() < 2e-4 * b.norm() + 1e-6  # a part whose completions are all equal has gradient 0
+        return expected
+
+    def without_running(name, options, off_policy):
+        return plain_gradients(name, options, rollouts, model.double(), off_policy)
+
+    compare.plain = without_running
+    return compare
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_with_its_defaults_main_takes_the_gradient_of_the_formula(name, compared):
+    (first, *others) = compared(name, {}, off_policy=False)
+    assert first.norm() > 0 and len(others) + 1 == DEFAULTS[name].get("minibatches", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "option", "value"), CASES)
+def test_every_option_changes_the_gradient_as_the_formula_says(name, option, value, compared):
+    base = {"minibatches": 4 if name == "dapo" else 2}  # so that old log-probs differ, and clipping acts
+    if option == "minibatches":
+        base = {}
+    options = base | {option: value}
+    off_policy = options.get("minibatches", 1) > 1
+    changed = compared(name, options, off_policy)
+    before = compared.plain(name, base, off_policy)
+    same = len(changed) == len(before) and all(
+        (a - b).norm() < 1e-3 * b.norm() for a, b in zip(changed, before, strict=True)
+    )
+    assert not same, "the option changes nothing"
