@@ -1,0 +1,97 @@
+"""Makes the changes of mutations.txt one at a time in a copy of the repository, runs the tests of the changed file, and
+reports which changes no test notices. Not part of the suite: it takes about ten minutes on two cores.
+
+    python tests/mutate.py                  all of them
+    python tests/mutate.py egsw.py          those of one file
+
+Exit status: 0 if the survivors are those that mutations.txt gives a reason for, 1 otherwise.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+TESTS_FOLDER = Path(__file__).resolve().parent
+ROOT = TESTS_FOLDER.parent
+JOBS = 2
+TESTS = {  # what is run after a change in this file
+    "common.py": ["test_common.py", "test_trainer.py", "test_families.py", "-k", "not samples_scores"],
+    "harness/cuda_graphs.py": ["test_common.py"],
+    "harness/trainer.py": ["test_trainer.py", "test_main.py", "-k", "not gtpo and not grpo_s"],
+    "harness/evaluation.py": ["test_evaluation.py"],
+}
+for name in ("grpo", "dapo", "egsw", "gtpo", "grpo_s"):
+    TESTS[f"{name}.py"] = ["test_methods.py", "test_main.py", "-k", f"{name} or test_methods"]
+
+
+@dataclass
+class Change:
+    file: str
+    was: str
+    became: str
+    reason: str  # why it changes nothing that a test could see; "" if a test must notice it
+
+
+def read_changes() -> list[Change]:
+    changes = []
+    for block in (TESTS_FOLDER / "mutations.txt").read_text().split("\n\n"):
+        lines = [line for line in block.splitlines() if not line.startswith("#")]
+        if not lines:
+            continue
+        parts = {sign: "\n".join(line[2:] for line in lines[1:] if line[0] == sign) for sign in "-+="}
+        changes.append(Change(lines[0], parts["-"], parts["+"], parts["="]))
+    return changes
+
+
+def survives(folder: Path, change: Change) -> bool:
+    """Whether all tests of the file pass in the copy `folder` with this change."""
+    path = folder / change.file
+    source = path.read_text()
+    if source.count(change.was) != 1:
+        raise SystemExit(f"{change.file}: this stands {source.count(change.was)} times in it, not once: {change.was}")
+    path.write_text(source.replace(change.was, change.became))
+    tests = [f"tests/{argument}" if argument.endswith(".py") else argument for argument in TESTS[change.file]]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    path.write_text(source)
+    return done.returncode == 0
+
+
+def main() -> int:
+    files = sys.argv[1:] or list(TESTS)
+    changes = [change for change in read_changes() if change.file in files]
+    copies: Queue[Path] = Queue()
+    with tempfile.TemporaryDirectory() as temporary:
+        for job in range(JOBS):
+            copy = Path(temporary) / str(job)
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "*.png", "__pycache__"))
+            copies.put(copy)
+
+        def run(change: Change) -> bool:
+            copy = copies.get()
+            survived = survives(copy, change)
+            copies.put(copy)
+            print("survived" if survived else "noticed ", change.file, change.was[:80], flush=True)
+            return survived
+
+        with ThreadPoolExecutor(JOBS) as pool:
+            results = list(pool.map(run, changes))
+    unexpected = 0
+    print()
+    for change, survived in zip(changes, results, strict=True):
+        if survived:
+            print(f"{change.file}\n- {change.was}\n+ {change.became}\n= {change.reason or 'NO TEST NOTICED THIS'}\n")
+        if survived != bool(change.reason):
+            unexpected += 1
+    print(f"{len(changes)} changes, {sum(results)} survived, {unexpected} not as expected")
+    return 1 if unexpected else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
