@@ -5,8 +5,7 @@
     python egsw.py --help
 
 The completions of a prompt compete for weight. A completion gets more weight if its advantage A is high, or if the
-policy was uncertain when it wrote it (high entropy H). The weights multiply GRPO's loss. The paper does not number its
-equations:
+policy was uncertain when it wrote it (high entropy H). The weights multiply GRPO's loss.
 
     raw_it = exp((A_it + alpha H_it) / P)
     w_it   = raw_it / sum_j raw_jt                          a softmax over the prompt's completions j, temperature P
@@ -122,7 +121,7 @@ def token_advantages(
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative (Eq. 4). Two [B, T] -> [B, T]."""
+    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
 

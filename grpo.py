@@ -75,7 +75,7 @@ def token_advantages(
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative (Eq. 4). Two [B, T] -> [B, T]."""
+    """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
 

@@ -66,8 +66,8 @@ class Config(RunConfig):
 def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float) -> Tensor:
     """Group Relative Overlong Punishment (appendix C), to add to the reward. Three [B] -> [B], from 0 to -1/2.
 
-    Punished are the long completions among the right ones, if the fraction of right ones is gamma or more; none, if it
-    is 1 - gamma or less; otherwise those of the majority. Long means longer than L, the larger of mid-range and mean.
+    It punishes long completions: of the right ones, if their fraction is gamma or more; of none, if it is 1 - gamma or
+    less; otherwise of the majority. Long means longer than L, the larger of mid-range and mean of the lengths.
     """
     right = rewards > 0.5
     result = torch.zeros_like(rewards)
@@ -77,8 +77,9 @@ def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: 
         if fraction_right <= 1 - gamma:
             continue
         punished = rows & right if fraction_right > 0.5 else rows & ~right
-        measured = lengths[rows & right if fraction_right >= gamma else rows].float()
-        L = torch.max((measured.min() + measured.max()) / 2, measured.mean())
+        measured = rows & right if fraction_right >= gamma else rows
+        length = lengths[measured].float()
+        L = torch.max((length.min() + length.max()) / 2, length.mean())
         result[punished] = -0.5 * ((lengths[punished] - L) / L).clamp(0, 1)
     return result
 
@@ -117,7 +118,7 @@ def shaped_rewards(
         bonus = over_mean(H[right], mask[right], compare, mean)
         reward_plus[right] = alpha1 * (rewards + punishment)[right, None] + alpha2 * bonus  # (2)
 
-        wrong = rows & ~(rewards > 0.5)
+        wrong = rows & (rewards <= 0.5)
         penalty = over_mean(1 / H[wrong], mask[wrong], compare, mean)
         reward_minus[wrong] = alpha1 * (punishment - 1)[wrong, None] - alpha2 * penalty  # (3)
     return reward_plus * mask, reward_minus * mask

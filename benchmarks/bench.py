@@ -1,12 +1,12 @@
 """Measures sampling, an RL step and log-probs against what people would use instead.
 
-    python benchmarks/bench.py                        every row that this machine allows; results.json beside this file
+    python benchmarks/bench.py                        every row that this machine can measure; writes results.json
     python benchmarks/bench.py --rows rollout step    some of them
     python benchmarks/bench.py --base runs/egsw-1/model   another checkpoint for `rollout` and `step`
 
-Contenders take turns within one process (memory rows: one process a measurement), and first show that they do the same
-work. Reported are medians and the ratio to the other contender, run by run, with its minimum and maximum: absolute
-times depend on the machine and the hour. Liger's kernels and the rows named gpu need a GPU.
+The contenders take turns in one process; for memory, each measurement is a process. First they show that they do the
+same work. Each row has medians, and the ratio to the other contender, run by run, with its minimum and maximum.
+Absolute times depend on the machine and the hour. Liger's kernels and the rows named gpu need a GPU.
 """
 
 import argparse
@@ -39,7 +39,7 @@ V, D, N = 151_936, 896, 2_048  # Qwen2.5-0.5B's vocabulary and hidden size
 
 
 def alternate(contenders: dict, runs: int) -> dict[str, list[float]]:
-    """Calls each contender once to warm up and then in turn `runs` times. Each returns its own figure."""
+    """Calls each contender once to warm up, and then all in turn, `runs` times. Each returns its own number."""
     for contender in contenders.values():
         contender()
     results = {name: [] for name in contenders}
@@ -50,7 +50,7 @@ def alternate(contenders: dict, runs: int) -> dict[str, list[float]]:
 
 
 def row(title: str, unit: str, ours: list[float], other_name: str, other: list[float], more_is_better: bool) -> dict:
-    """One line of the table: medians, and the ratio in our favour of each pair."""
+    """One line of the table: medians, and the ratio of each pair, above 1 if ours is better."""
     ratios = [a / b if more_is_better else b / a for a, b in zip(ours, other, strict=True)]
     medians = statistics.median(ours), statistics.median(other)
     spread = statistics.median(ratios), min(ratios), max(ratios)
@@ -185,13 +185,13 @@ def bench_step(base: str, runs: int) -> list[dict]:
             reward = ours(seconds, steps) if name == "ours" else trl(seconds, steps, int(name.split()[1]))
             if i:
                 results[name].append(statistics.median(seconds[1:]))
-            else:  # the first round warms up and shows that the work is the same
+            else:  # the first round warms up, and shows that all do the same work
                 print(f"  same work: {name}, mean reward {reward:.3f}")
     best = min((name for name in results if name != "ours"), key=lambda name: statistics.median(results[name]))
     return [row("GRPO step, tiny, 32 x 8", "s", results["ours"], best, results[best], False)]
 
 
-# --- log-probs: one process a measurement, for its peak memory --------------------------------------------------------
+# --- log-probs: each measurement is a process, for its peak memory ---------------------------------------------------
 
 
 def head_inputs(n: int):
@@ -221,7 +221,7 @@ def memory() -> int:
 
 
 def watched(work) -> tuple[float, float]:
-    """Seconds and MiB above the start that the process held at its peak."""
+    """Seconds, and the peak memory of the process above its start, in MiB."""
     start_memory, peak, done = memory(), [0], threading.Event()
 
     def watch():
@@ -240,7 +240,7 @@ def watched(work) -> tuple[float, float]:
 
 
 def measure_head(name: str) -> dict:
-    """In a process of its own: log-probs and entropy, forward and backward; 519 MiB of it are the weight's gradient."""
+    """Log-probs and entropy, forward and backward; 519 MiB of it are the weight's gradient. Needs its own process."""
     hidden, weight, targets, g = head_inputs(N)
     out: list = []
 
@@ -255,7 +255,7 @@ def measure_head(name: str) -> dict:
 
 
 def measure_growth(length: str) -> dict:
-    """In a process of its own: the log-probs of 8 completions in micro-batches of 2,048 tokens, with backward."""
+    """The log-probs of 8 completions in micro-batches of 2,048 tokens, with backward. Needs its own process."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     n = int(length)
@@ -327,7 +327,7 @@ def gpu_model():
 def bench_gpu_rollout(base: str, runs: int) -> list[dict]:
     """New tokens a second in bf16: 128 rows, 512 new tokens, with and without CUDA graphs, against model.generate."""
     model, rows, new = gpu_model(), 128, 512
-    low = gpu_model().to(torch.bfloat16).eval()  # what one would give model.generate
+    low = gpu_model().to(torch.bfloat16).eval()  # what people give to model.generate
     prompt = torch.randint(0, V, (16, 64), device="cuda")
     uniforms = torch.rand(rows, new)
 

@@ -5,12 +5,13 @@
     python experiments/compare.py --only gtpo egsw  these questions; the other rows of results.csv stay
 
 A cell is one run of a script: a setting, a method, its options and a seed. All cells of a setting start from the same
-base, those of a seed draw the same prompts, all stop after TOKENS sampled completion tokens (dynamic sampling included)
-and are evaluated alike. Each runs on one thread, --jobs of them at a time, and leaves its folder in --work; a finished
-cell is not run again unless its options, its setting or the defaults of its script have changed. Cells that several
-questions share run once. On the same kind of CPU a rerun gives the same files, but for cost.csv.
+base, and all cells of a seed draw the same prompts. All stop after TOKENS sampled completion tokens, including those
+that dynamic sampling throws away, and all are evaluated in the same way. Each cell runs on one thread, --jobs of them
+at a time, and leaves its folder in --work. A finished cell runs again only if its options, its setting or the defaults
+of its script have changed. A cell that several questions share runs once. On the same kind of CPU, a second run gives
+the same files, except for cost.csv.
 
-Exit status: 0 done; 1 some cells failed, which are named, and the rest is written; 2 wrong options; 130, 143 stopped.
+Exit status: 0 done; 1 some cells failed: they are named, and the rest is written; 2 wrong options; 130, 143 stopped.
 """
 
 import argparse
@@ -46,8 +47,8 @@ from harness.options import bounded, fail
 METHODS = ("grpo", "dapo", "egsw", "gtpo", "grpo_s")
 TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
 EVALUATION = dict(eval_rows=256, eval_k=32)
-TRAIN_ROWS = 4096  # where the terms are not the default's
-# recipe: what the base's warm start changes of tiny.RECIPE. terms: of the chains to train and evaluate on.
+TRAIN_ROWS = 4096  # of a setting with terms of its own
+# recipe: what the warm start of the base changes in tiny.RECIPE. terms: of the chains to train and to evaluate on.
 SETTINGS = {
     "easy": dict(recipe={}, terms=None, max_new_tokens=64),
     "trap": dict(recipe=dict(guess=0.5), terms=None, max_new_tokens=64),
@@ -62,8 +63,8 @@ CURVE_POINTS = 30
 
 
 def plan(question: str) -> list[tuple[str, str, dict]]:
-    """The lines of a question's tables as (setting, method, options). In each setting the first is the one that the
-    others are compared with."""
+    """The lines of a question's tables as (setting, method, options). In each setting, the others are compared with the
+    first one."""
 
     def lines(settings, method, *options):
         return [(setting, method, o) for setting in settings for o in options]
@@ -79,7 +80,7 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         group, batch = ([dict(scope=scope) | o for o in options] for scope in ("group", "batch"))
         return lines(SETTINGS, "gtpo", *batch) + lines(("easy", "long"), "gtpo", *group) + [("trap", "gtpo", group[0])]
     if question == "egsw":
-        # Short guesses take many steps, and so the dearest cells.
+        # The cells that end in short guesses take many steps, so they cost most.
         means = ["token", "sequence"]
         easy = product(reduction=means, weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.1, 0.5, 1.0])
         trap = product(reduction=means, weight_temperature=[2.0, 4.0, 8.0], alpha=[0.0, 0.5])
@@ -93,7 +94,7 @@ def plan(question: str) -> list[tuple[str, str, dict]]:
         return lines(("easy",), "grpo", *kinds) + lines(("easy",), "egsw", *weighted)
     if question == "grpo_s":
         return lines(("easy",), "grpo_s", *product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]))
-    # The methods' defaults differ in more than the method. These take away one difference at a time.
+    # The defaults of the scripts differ in more than the method. These questions remove one difference at a time.
     if question == "updates":
         settings, options = ("easy", "long"), product(minibatches=[1, 4])
         return [line for o in options for method in METHODS for line in lines(settings, method, o)]
@@ -119,7 +120,7 @@ def name_of(cell: tuple) -> str:
 
 
 def identity(cell: tuple) -> dict:
-    """All that decides the cell's result but the code, as it is stored beside it."""
+    """Everything that decides the cell's result, except the code. It is stored with the result."""
     setting, method, options, seed = cell
     shape = SETTINGS[setting] | dict(recipe=tiny.RECIPE | SETTINGS[setting]["recipe"], rows=TRAIN_ROWS)
     config = {**defaults(method), **dict(options), **EVALUATION, "seed": seed, "stop_tokens": TOKENS}
@@ -127,7 +128,7 @@ def identity(cell: tuple) -> dict:
 
 
 def finished(cell: tuple, work: Path) -> dict | None:
-    """The summary of a cell that was run to its end as it is asked for now."""
+    """The summary of a cell, if it has been run to its end with the same identity as now."""
     try:
         stored = json.loads((work / name_of(cell) / "summary.json").read_text())
     except (OSError, ValueError):
@@ -136,7 +137,7 @@ def finished(cell: tuple, work: Path) -> dict | None:
 
 
 def prepare(setting: str, work: Path) -> list[str]:
-    """The setting's base and data, made where they are missing, as options of a script."""
+    """The setting's base and data, as options of a script. Makes them if they are missing."""
     shape, threads = SETTINGS[setting], torch.get_num_threads()
     name = "-".join(["base", *(f"{key}={value}" for key, value in shape["recipe"].items())])
     torch.set_num_threads(1)  # so that the base is the same on every number of cores
@@ -156,7 +157,7 @@ def prepare(setting: str, work: Path) -> list[str]:
 
 
 def command_line(options) -> list[str]:
-    """Pairs of name and value as a script takes them."""
+    """Pairs of name and value, as arguments of a script."""
     result = []
     for name, value in options:
         flag = name.replace("_", "-")
@@ -165,7 +166,7 @@ def command_line(options) -> list[str]:
 
 
 def start(cell: tuple, work: Path, inputs: list[str]) -> subprocess.Popen:
-    """Starts a cell's script anew, in a process group of its own; what it prints goes to <cell>.log."""
+    """Starts a cell's script from its beginning, in its own process group. What it prints goes to <cell>.log."""
     _, method, options, seed = cell
     shutil.rmtree(work / name_of(cell), ignore_errors=True)
     command = [sys.executable, ROOT / f"{method}.py", "--out", work, "--name", name_of(cell), *inputs]
@@ -177,7 +178,7 @@ def start(cell: tuple, work: Path, inputs: list[str]) -> subprocess.Popen:
 
 
 def run_cells(cells: list[tuple], work: Path, jobs: int) -> dict[tuple, dict]:
-    """Runs what is not finished, `jobs` cells at a time. Returns the summaries by cell, without those that failed."""
+    """Runs the cells that are not finished, `jobs` at a time. Returns the summaries by cell; a failed cell has none."""
     summaries = {cell: finished(cell, work) for cell in cells}
     waiting = [cell for cell, summary in summaries.items() if summary is None]
     print(f"{len(summaries)} cells, {len(summaries) - len(waiting)} of them finished before", flush=True)
@@ -205,14 +206,14 @@ def run_cells(cells: list[tuple], work: Path, jobs: int) -> dict[tuple, dict]:
                 print(f"[{done}/{total}] {name_of(cell)}: {s['before ' + k]:.3f} -> {s['after ' + k]:.3f}, "
                       f"{s['steps']} steps, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     finally:
-        for process, _ in running.values():  # the cell is run afresh next time, so it need not end by itself
+        for process, _ in running.values():  # the next time the cell starts again, so it need not end well
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return {cell: summary for cell, summary in summaries.items() if summary}
 
 
 def settle(cell: tuple, work: Path) -> dict:
-    """Writes the summary of a run that has ended, and deletes the large files that nothing here reads."""
+    """Writes the summary of a run that has ended, and deletes its large files, which nothing here reads."""
     folder = work / name_of(cell)
     summary = summarise(folder)
     for large in (folder / "model", *folder.glob("checkpoint-*")):
@@ -271,7 +272,7 @@ def curve(folder: Path) -> list[dict]:
         first = i
         while i < len(tokens) - 1 and tokens[i] < at:
             i += 1
-        some = metrics[first : i + 1]  # from the step that reached the last point to that which reaches this one
+        some = metrics[first : i + 1]  # from the step that reached the last point to the one that reaches this point
         keys = dict(reward="reward", entropy="entropy", length="completions/mean_length")
         points.append({"tokens": at} | {name: statistics.fmean(m[key] for m in some) for name, key in keys.items()})
     return points
@@ -281,7 +282,7 @@ def curve(folder: Path) -> list[dict]:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Rows of a CSV file, numbers as numbers and empty fields as None; none if there is no file."""
+    """Rows of a CSV file, with numbers as numbers and empty fields as None. No file: no rows."""
 
     def value(text: str):
         for kind in (int, float):
@@ -347,7 +348,7 @@ def main(argv: list[str] | None = None, out: Path = HERE) -> int:
     name = "quick" if args.quick else "results"
     if not args.quick:
         rows += [row for row in read_csv(out / "results.csv") if row["question"] not in asked]
-        rows.sort(key=lambda row: QUESTIONS.index(row["question"]))  # stable: a question's own order stays
+        rows.sort(key=lambda row: QUESTIONS.index(row["question"]))  # a stable sort: the order inside a question stays
         if curves:
             write_csv(out / "curves.csv", curves)
         if "cost" in asked:

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of each method's step over GRPO's, for compare.py: one process a measurement, in turn.
+"""Seconds and peak memory of a step of each method, relative to GRPO, for compare.py. Each measurement is a process.
 
     python experiments/cost.py METHOD BASE [option ...]     one measurement, as a line of JSON
 
@@ -24,11 +24,12 @@ from harness import run
 from harness.options import fail
 
 ROUNDS, STEPS = 5, 12
-ONE_UPDATE = ["--minibatches", "1", "--max-rounds", "1"]  # DAPO's step without what makes it larger than the others'
+ONE_UPDATE = ["--minibatches", "1", "--max-rounds", "1"]  # without what makes DAPO's step larger than the others'
 
 
 def measure(method: str, base: str, options: list[str]) -> None:
-    """In a process of its own: prints a script's seconds a step, of which in the method's own functions, and peak MiB.
+    """Prints a script's seconds per step, its seconds in the method's own functions, and its peak MiB. Needs its own
+    process.
 
     At a learning rate of nearly 0 every method samples the same completions (DAPO the same and then more).
     """
@@ -52,8 +53,8 @@ def measure(method: str, base: str, options: list[str]) -> None:
 
 
 def cost(methods: tuple[str, ...], base: str) -> list[dict]:
-    """Rows of cost.csv, on one thread: medians of ROUNDS processes, and the ratios to GRPO's of the same round with the
-    lowest and the highest."""
+    """Rows of cost.csv, on one thread: medians of ROUNDS processes, and the median, lowest and highest ratio to GRPO's
+    process of the same round."""
     contenders, found = {method: (method, []) for method in methods}, {}
     contenders["dapo, one update, one round"] = "dapo", ONE_UPDATE
     for _ in range(ROUNDS):

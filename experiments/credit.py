@@ -58,7 +58,7 @@ MEANS = {"sequence": "each completion's tokens, then completions", "token": "all
 
 
 def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
-    """The options as those of a run, and the ones of this script. Ends the program with status 2 as runs do."""
+    """The options of a run, and those of this script. A wrong option ends the program with status 2."""
     title, usage = __doc__.split("\n\n")[0], "%(prog)s [options]"
     parser = argparse.ArgumentParser(description=title, usage=usage, allow_abbrev=False)
     parser.error = fail
@@ -104,7 +104,7 @@ def choose(rewards: Tensor, group: Tensor) -> int | None:
 
 
 def visible(text: str, is_eos: bool) -> str:
-    """A token's text as a cell shows it: signs for the end, newlines, tabs and blanks, and no control characters."""
+    """A token's text as a cell shows it: signs for the end, newlines, tabs and blanks; no control characters."""
     if is_eos:
         return "∎"
     text = text.replace("\n", "⏎").replace("\t", "⇥")
@@ -112,7 +112,7 @@ def visible(text: str, is_eos: bool) -> str:
 
 
 def picture(rollout: Rollout, g: int, tokenizer, cfg: RunConfig) -> dict:
-    """All that is drawn of group g: what the page holds as JSON. Entropies and log-probs in nats, right rows first."""
+    """Everything that is drawn of group g, which the page holds as JSON. Nats; right completions first."""
     methods = token_credit(rollout, cfg.max_new_tokens)
     rows = (rollout.group == g).nonzero().squeeze(1)
     rows = rows[rollout.rewards[rows].argsort(descending=True, stable=True)].tolist()
@@ -140,8 +140,8 @@ def picture(rollout: Rollout, g: int, tokenizer, cfg: RunConfig) -> dict:
             {"name": name, "reading": READING[name], "mean": MEANS[script.Config().reduction]}
             for name, script in SCRIPTS.items()
         ],
-        # Twice GRPO's: darker than GRPO is more, paler is less. Some tokens of GTPO have ten times as much, and would
-        # leave all others white if the scale went that far.
+        # The scale ends at twice GRPO's credit: darker than GRPO is more, paler is less. Some tokens of GTPO have ten
+        # times GRPO's credit. If the scale went that far, all other tokens would look white.
         "limit": round(2 * sizes["GRPO"], 1),
         "largest": round(max(sizes.values()), 1),
         "max_entropy": max(max(row["entropy"]) for row in drawn),
@@ -160,7 +160,7 @@ def page(content: dict) -> str:
 
 # --- the PNG ----------------------------------------------------------------------------------------------------------
 
-# The same colours as the page's light scheme: black text is readable on all that lies between them.
+# The colours of the page's light scheme. Black text is readable on all colours between them.
 ORANGE, WHITE, BLUE, INK, GREY = "#f08030", "#ffffff", "#4a94e0", "#16181d", "#5b616b"
 CHARACTER, PADDING, LINE, LABEL, MARGIN = 0.075, 0.05, 7.0, 0.78, 0.15  # inches; LINE is where completions wrap
 FONTS = ["DejaVu Sans Mono", "DejaVu Sans"]  # matplotlib brings both; the second has glyphs that the first lacks
@@ -202,7 +202,7 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
     top, panel = 1.32, 0.36 + sum(heights)
     tall = top + panel * len(content["methods"]) + 0.12
     figure = pyplot.figure(figsize=(wide, tall), dpi=DPI, facecolor=WHITE)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, wide), ylim=(tall, 0))  # one unit an inch
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, wide), ylim=(tall, 0))  # one unit is one inch
     axes.axis("off")
 
     def write(x, y, text, size=8.5, **how):  # parse_math: a token may hold dollar signs
@@ -257,7 +257,7 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
             y += height
         y += 0.1
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box; the page has the text itself
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # it is drawn as a box, and the page has the text
         figure.savefig(buffer := io.BytesIO())
     pyplot.close(figure)
     small = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # a third of the bytes

@@ -12,7 +12,7 @@ COLOURS = {"grpo": "#4c72b0", "dapo": "#dd8452", "egsw": "#55a868", "gtpo": "#c4
 
 
 def draw(rows: list[dict], curves: list[dict], out: Path) -> None:
-    """Writes the figures that these rows of the two files allow; none without matplotlib."""
+    """Writes the figures for which there are rows. Without matplotlib it writes none."""
     try:
         import matplotlib
     except ImportError:
@@ -43,7 +43,7 @@ def learning_curves(pyplot, curves: list[dict]):
     for setting, line in zip(settings, panels, strict=True):
         for name, axis in zip(names, line, strict=True):
             for method in distinct(curves, "method"):
-                points: dict[int, list[float]] = {}  # tokens -> a value a seed
+                points: dict[int, list[float]] = {}  # tokens -> one value per seed
                 for row in curves:
                     if (row["setting"], row["method"]) == (setting, method):
                         points.setdefault(row["tokens"], []).append(row[name])
@@ -76,7 +76,7 @@ def pass_at_k(pyplot, rows: list[dict]):
 
 def egsw_grid(pyplot, rows: list[dict]):
     mean = next(key for key in rows[0] if key.startswith("after mean@"))
-    grids: dict[str, dict[tuple[str, str], list[float]]] = {}  # by panel, and there by alpha and P
+    grids: dict[str, dict[tuple[str, str], list[float]]] = {}  # by panel, then by alpha and P
     for row in rows:
         shape = dict(part.split("=") for part in row["variant"].split())
         values = grids.setdefault(f"{row['setting']}, mean over {shape['reduction']}s", {})

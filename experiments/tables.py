@@ -1,7 +1,7 @@
 """Markdown tables from the rows of results.csv and cost.csv, for compare.py.
 
-Means stand over n seeds, with 95% bootstrap intervals over them, which are rough where n is as small as here. The
-runs of a seed share base and prompts, so the difference between two of them is taken seed by seed.
+Means are over n seeds, with 95% bootstrap intervals over seeds. With so few seeds the intervals are rough. Runs of one
+seed share their base and their prompts, so the difference between two methods is taken seed by seed.
 """
 
 import statistics
@@ -28,7 +28,7 @@ def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
 
 
 def first_time(values: list[float | None], scale: float = 1) -> str:
-    """Steps or tokens until something happened, where it did not in every run."""
+    """Steps or tokens until something happened. It may not have happened in every run."""
     reached = [v / scale for v in values if v is not None]
     if not reached:
         return "never"

@@ -30,7 +30,7 @@ def work(toy, tmp_path, monkeypatch):
 
 
 def run_folder(path, rewards, entropies):
-    """A run folder of so many steps of 100 tokens each."""
+    """A run folder with steps of 100 tokens each, one for each reward."""
     path.mkdir(parents=True)
     steps = list(enumerate(zip(rewards, entropies, strict=True), 1))
     lines = [dict(step=i, reward=r, entropy=h, skipped_updates=0) for i, (r, h) in steps]
@@ -156,7 +156,7 @@ def test_cells_run_once_until_their_options_change(work, tmp_path, monkeypatch, 
     monkeypatch.setattr(compare, "TOKENS", 1501)
     assert all(compare.finished(cell, work) is None for cell in cells)
     monkeypatch.setattr(compare, "TOKENS", 1500)
-    # An interrupted cell runs afresh, to the same numbers; a cell that fails does not take the other with it.
+    # An interrupted cell starts again and gives the same numbers. A cell that fails does not stop the other.
     (work / compare.name_of(cells[0]) / "summary.json").unlink()
     bad = compare.new_cell("easy", "gtpo", dict(alpha2=-1.0), 0)
     summaries = compare.run_cells([cells[0], bad], work, 2)
