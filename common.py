@@ -3,23 +3,23 @@
     sample           prompts -> Rollout: completions with their mask, log-probs and entropy
     token_logprobs   log-probs (and entropy) of given completions, with gradients
     loss_weights     factors that turn a plain sum over tokens into the mean that a method wants
-    clip_fractions   which tokens the clip has cut off from their gradient
+    clip_fractions   which tokens get no gradient, because the ratio was clipped
 
 This file knows no method, no reward, no data set and no other process. It needs torch and transformers only. Shapes:
-Q prompts, G completions of each, B = Q * G rows, P prompt tokens, T completion tokens, D hidden size, V vocabulary.
-Log-probs and entropies are in nats, at the sampling temperature.
+Q prompts, G completions of each, B = Q * G rows, P prompt tokens, T completion tokens, D hidden size, V vocabulary;
+N tokens, n nodes, b of the rows. Log-probs and entropies are in nats, at the sampling temperature.
 """
 
 import functools
 import inspect
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}  # logits (tokens x vocabulary) computed at a time; a GPU needs more work
-COMPACT_BELOW = 0.9  # ended rows leave the batch when less than this share of it is needed: moving the cache costs time
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}  # logits (tokens x vocabulary) at a time; a GPU wants large products
+COMPACT_BELOW = 0.9  # if a smaller share of the batch is still needed, the rest is removed; moving the cache costs time
 
 
 @dataclass
@@ -28,12 +28,12 @@ class Rollout:
 
     prompt_ids: Tensor  # [B, P] right-padded
     prompt_lengths: Tensor  # [B] tokens
-    completion_ids: Tensor  # [B, T] right-padded; T is the limit of sampling, max_new_tokens
+    completion_ids: Tensor  # [B, T] right-padded; T is max_new_tokens
     mask: Tensor  # [B, T] 1.0 up to and including EOS, else 0.0
-    logprobs: Tensor  # [B, T] of the tokens, computed while they were sampled
-    entropy: Tensor  # [B, T] of the distributions that they were drawn from, over the whole vocabulary
+    logprobs: Tensor  # [B, T] log-prob of each token when it was sampled
+    entropy: Tensor  # [B, T] entropy of the distribution that the token was drawn from, over the whole vocabulary
     finished: Tensor  # [B] True: ended by EOS; False: cut off at T
-    group: Tensor  # [B] the number of the row's prompt
+    group: Tensor  # [B] index of the row's prompt
     rewards: Tensor  # [B] zeros until the caller fills them in
     texts: list[dict]  # B times {"question", "answer", "completion", ...}; empty until the caller fills it in
 
@@ -48,11 +48,11 @@ class Rollout:
         """The Rollout of these rows: indices, or a boolean mask over B."""
         if rows.dtype == torch.bool:
             rows = rows.nonzero().squeeze(1)
-        tensors = {name: getattr(self, name)[rows] for name in TENSORS}
+        tensors = {name: getattr(self, name)[rows] for name in TENSOR_FIELDS}
         return Rollout(**tensors, texts=[self.texts[i] for i in rows.tolist()] if self.texts else [])
 
 
-TENSORS = [field.name for field in fields(Rollout) if field.name != "texts"]
+TENSOR_FIELDS = [field.name for field in fields(Rollout) if field.name != "texts"]
 
 
 def concatenate(rollouts: list[Rollout]) -> Rollout:
@@ -63,13 +63,13 @@ def concatenate(rollouts: list[Rollout]) -> Rollout:
         prompt_ids = torch.nn.functional.pad(rollout.prompt_ids, (0, width - rollout.prompt_ids.shape[1]))
         first_group = int(parts[-1].group.max()) + 1 if parts else 0
         parts.append(replace(rollout, prompt_ids=prompt_ids, group=rollout.group + first_group))
-    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSOR_FIELDS}
     return Rollout(**tensors, texts=[text for part in parts for text in part.texts])
 
 
-def autocast(device: torch.device):
+def autocast(device: torch.device) -> AbstractContextManager:
     """bf16 arithmetic on a GPU, float32 elsewhere. The weights stay float32: at a learning rate of 1e-6 a step of AdamW
-    is smaller than half the distance between two bf16 numbers, so bf16 weights would not move."""
+    is smaller than half the distance between two bf16 numbers, so most bf16 weights would not move."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
@@ -77,8 +77,8 @@ def autocast(device: torch.device):
 
 
 def head_factors(model) -> tuple[float, float | None]:
-    """What some model families do behind their head: a scale (Cohere's logit_scale, Granite's 1 / logits_scaling) and
-    then a soft cap (Gemma-2's final_logit_softcapping; None where there is none)."""
+    """What some model families do after their head: a scale (Cohere's logit_scale, Granite's 1 / logits_scaling), then
+    a soft cap (Gemma-2's final_logit_softcapping; None if there is none)."""
     config = model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return scale, getattr(config, "final_logit_softcapping", None)
@@ -100,25 +100,25 @@ def head_logits(model, hidden: Tensor, temperature: float = 1.0) -> Tensor:
 
 def inverse_cdf(probs: Tensor, node: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's random number.
-
     probs [n, V]; node [b], the line of probs that each row draws from; uniforms [b] in [0, 1) -> token ids [b]. Each
     row has a number of its own, so a sample does not depend on the other rows.
     """
-    cdf = probs.cumsum(-1)[node]  # on CUDA, cumsum may differ in the last bit from run to run
-    threshold = uniforms[:, None] * cdf[:, -1:]  # the last entry is 1 but for rounding
-    token = torch.searchsorted(cdf, threshold, right=True)  # `right` skips tokens of probability zero
+    cdf = probs.cumsum(-1)[node]  # on CUDA, cumsum can change in its last bit, so a run may not repeat exactly
+    threshold = uniforms[:, None] * cdf[:, -1:]  # the last entry is 1, except for rounding
+    token = torch.searchsorted(cdf, threshold, right=True)  # right=True never takes a token of probability 0
     return token.squeeze(1).clamp(max=probs.shape[1] - 1)
 
 
-def next_token(model, hidden: Tensor, node: Tensor, uniforms: Tensor | None, temperature: float):
+def next_token(model, hidden: Tensor, node: Tensor, uniforms: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """The next token of each row, its log-prob, and the entropy of the distribution it was drawn from: three [b].
 
-    hidden [n, D], last hidden state of each node; node [b], the node of each row; uniforms [b], or None: argmax.
+    hidden [n, D], last hidden state of each node (see `sample`); node [b], of each row; uniforms [b], or None: argmax.
     """
     logprobs = head_logits(model, hidden, temperature).log_softmax(-1)  # [n, V]
     probs = logprobs.exp()
     token = logprobs.argmax(-1)[node] if uniforms is None else inverse_cdf(probs, node, uniforms)
-    return token, logprobs[node, token], torch.special.entr(probs).sum(-1)[node]
+    entropy = torch.special.entr(probs).sum(-1)  # [n] entr(p) = -p log p
+    return token, logprobs[node, token], entropy[node]
 
 
 def empty_rollout(prompts: list[list[int]], group_size: int, max_new_tokens: int, device: torch.device) -> Rollout:
@@ -142,8 +142,8 @@ def empty_rollout(prompts: list[list[int]], group_size: int, max_new_tokens: int
 
 
 def prefill(model, prompts: list[list[int]], max_new_tokens: int):
-    """Runs the decoder on the prompts, padded on the left: all end in the same column. Returns their cache, attention
-    mask [Q, P + T] (0 on padding, 1 on all tokens to come), and the hidden state [Q, D] of the last prompt token."""
+    """Runs the decoder on the prompts, padded on the left, so that all end in the same column. Returns their key-value
+    cache, the attention mask [Q, P + T] (0 on padding, 1 on all tokens to come), and the last hidden state [Q, D]."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -156,7 +156,7 @@ def prefill(model, prompts: list[list[int]], max_new_tokens: int):
 
 
 def last_hidden(model, cache, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-    """Hidden state [n, D] of the last of the new tokens ids [n, k]; the cache grows by these tokens."""
+    """Hidden state [n, D] after the new tokens ids [n, k]; the cache grows by them. attention [n, tokens so far]."""
     inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions, "use_cache": True}
     inputs[cache_argument(model.base_model.__class__)] = cache
     return model.base_model(**inputs).last_hidden_state[:, -1]
@@ -178,23 +178,23 @@ def sample(
     uniforms: Tensor | None,
     temperature: float = 1.0,
 ) -> Rollout:
-    """Samples `group_size` completions of every prompt, straight from the model's distribution at `temperature`. The
-    model's generation_config (top-k, top-p, penalties) is ignored: what is sampled must be what the loss models.
+    """Samples `group_size` completions of every prompt from the model's distribution at `temperature`. It ignores the
+    model's generation_config (top-k, top-p, penalties), because the loss must use the distribution that was sampled.
 
-    prompts: Q lists of token ids. uniforms: [Q * group_size, max_new_tokens] in [0, 1), which decide every token; None
-    takes the most probable token instead.
+    prompts: Q lists of token ids. uniforms: [Q * group_size, max_new_tokens], random numbers in [0, 1) that decide
+    every token; None takes the most probable token instead.
 
-    A row is a completion; a node is a line of the batch that the decoder works on. Rows of one prompt share a node as
-    long as they have drawn the same tokens. So the batch starts with Q nodes and grows to the number of different
+    A row is a completion; a node is one sequence of the batch that the decoder runs. Rows of one prompt share a node
+    while they have drawn the same tokens. So the batch starts with Q nodes and grows to the number of different
     unfinished completions, which is small where the policy is sure.
     """
     model.eval()  # in training mode, gradient checkpointing would silently turn the cache off
     T = max_new_tokens
-    rollout = empty_rollout(prompts, group_size, T, model.device)
+    rollout = empty_rollout(prompts, group_size, T, model.device)  # outside inference_mode: autograd will need it
     uniforms = None if uniforms is None else uniforms.to(model.device)
     eos = torch.tensor(eos_ids, device=model.device)
     rows = torch.arange(len(rollout), device=model.device)  # [b] the unfinished rows
-    node = rollout.group  # [b] the node of each of them
+    node = rollout.group  # [b] the node of each unfinished row
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [n] prompt tokens of each node
 
     with autocast(model.device), torch.inference_mode():
@@ -218,12 +218,12 @@ def sample(
                 break
             # 3) Group the rows by (node, token): each pair is one child node, a line of the next batch. If rows of node
             #    0 drew 5, 5 and 7, and the row of node 1 drew 5, the children are (0, 5), (0, 7) and (1, 5).
-            base = int(token.max()) + 1
-            pairs, child = (node * base + token).unique(return_inverse=True)  # sorted: children of a node are adjacent
-            parent = pairs // base  # [children]
-            child_token = pairs % base  # [children]
+            limit = int(token.max()) + 1  # so that node * limit + token is one number per pair
+            pair, child = (node * limit + token).unique(return_inverse=True)  # sorted: children of a node are adjacent
+            parent = pair // limit  # [children]
+            child_token = pair % limit  # [children]
             node_was_split = (parent[1:] == parent[:-1]).any()
-            if node_was_split or len(pairs) < COMPACT_BELOW * len(hidden):
+            if node_was_split or len(pair) < COMPACT_BELOW * len(hidden):
                 # Each child takes its parent's line of the cache. Nodes without unfinished rows fall out.
                 cache.batch_select_indices(parent)
                 attention = attention[parent]
@@ -231,7 +231,7 @@ def sample(
                 node = child
                 new_ids = child_token
             else:
-                # No node has two children, so every line stays where it is. A node without rows gets any token.
+                # No node has two children, so every line stays where it is. A node without rows gets token 0.
                 new_ids = torch.zeros_like(lengths).index_put((parent,), child_token)
             # 4) Run the decoder on the new tokens.
             hidden = last_hidden(model, cache, new_ids[:, None], attention[:, : P + t + 1], (lengths + t)[:, None])
@@ -248,8 +248,8 @@ class HeadLogprobs(torch.autograd.Function):
         H     = -sum_v p log p
         dL/dz = g (onehot - p) - g_H p (log p + H)                  g, g_H: gradients of the log-prob and of the entropy
 
-    Works on chunks of tokens, and computes their logits again in the backward pass. So one chunk of logits, changed in
-    place, is all that ever exists of tokens x vocabulary.
+    weight [V, D], bias [V] or None. Works on chunks of tokens, and computes their logits again in the backward pass. So
+    only a few chunks of logits exist at a time, and never tokens x vocabulary.
     """
 
     @staticmethod
@@ -268,7 +268,7 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, cap, temperature, with_entropy):
-        ctx.set_materialize_grads(False)  # the gradient of an unused output is None, and costs nothing
+        ctx.set_materialize_grads(False)  # an unused output has the gradient None, which costs nothing
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         ctx.factors = (scale, cap, temperature)
@@ -287,7 +287,7 @@ class HeadLogprobs(torch.autograd.Function):
                 if entropy is not None:
                     log_p = z.sub_(logsumexp[chunk, None])
                     p = log_p.exp()
-                    log_p.clamp_(min=-1e30)  # so that 0 log 0 is 0
+                    log_p.clamp_(min=-1e30)  # log p may be -inf, and 0 * -inf would be NaN
                     entropy[chunk] = -torch.einsum("nv,nv->n", p, log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp, entropy)
         return logprob, entropy
@@ -306,19 +306,19 @@ class HeadLogprobs(torch.autograd.Function):
             h = hidden[chunk].to(ctx.dtype)
             g = g_logprob[chunk, None]
             z, slope = HeadLogprobs.logits(h, weight_lowp, bias_lowp, *ctx.factors)
-            # z = log p
+            # z is now log p
             z.sub_(logsumexp[chunk, None])
             if g_entropy is None:
-                # z = -g p
+                # z is now -g p
                 z.exp_().mul_(-g)
             else:
-                # z = -p (g + g_H (log p + H))
+                # z is now -p (g + g_H (log p + H))
                 p = z.exp()
                 z.clamp_(min=-1e30).add_(entropy[chunk, None])
                 z.mul_(g_entropy[chunk, None]).add_(g).mul_(p).neg_()
-            # z = dL/dz: g comes on top at the target
+            # z is now dL/dz: at the target, g is added
             z.scatter_add_(1, targets[chunk, None], g)
-            # z = dL/d(hidden W^T + b): back through temperature, soft cap and scale
+            # z is now dL/d(hidden W^T + b): back through temperature, soft cap and scale
             if scale != temperature:
                 z.mul_(scale / temperature)
             if slope is not None:
@@ -326,7 +326,7 @@ class HeadLogprobs(torch.autograd.Function):
             z = z.to(ctx.dtype)
             # d_hidden = dz W
             d_hidden[chunk] = (z @ weight_lowp).to(d_hidden.dtype)
-            # d_weight += dz^T hidden; addmm_ needs no second buffer, but equal types
+            # d_weight += dz^T hidden; addmm_ adds in place, but needs equal types
             if ctx.dtype == d_weight.dtype:
                 d_weight.addmm_(z.T, h)
             else:
@@ -346,40 +346,40 @@ def token_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob of every completion token and, if wanted, the entropy of the distribution it comes from (else None): two
-    [B, T] with gradients, 0 where mask is 0. Training takes the sampler's entropies instead: they cost nothing more.
+    """Log-prob of every completion token and, if wanted, the entropy of its distribution (else None): two [B, T] with
+    gradients, 0 where mask is 0. Training needs no entropy here, because the sampler has given it: rollout.entropy.
 
     prompt_ids [B, P] and completion_ids [B, T], right-padded; prompt_lengths [B], tokens; mask [B, T]. The decoder runs
-    once on rows of prompt, completion and padding, without an attention mask: causal attention makes that exact for
-    real tokens, and it keeps the fused kernels. The head runs on the real completion tokens alone.
+    once on rows of prompt, completion and padding. It needs no attention mask, because causal attention never looks at
+    the padding on the right, and without a mask the fast kernels can run. The head runs on completion tokens alone.
     """
     longest = int((prompt_lengths + mask.sum(1)).max())
     column = torch.arange(longest, device=mask.device)  # [L]
-    t = column - prompt_lengths[:, None]  # [B, L] place in the completion; negative inside the prompt
-    from_prompt = prompt_ids[:, column.clamp(max=prompt_ids.shape[1] - 1)]
-    from_completion = completion_ids.gather(1, t.clamp(0, completion_ids.shape[1] - 1))
-    ids = torch.where(t < 0, from_prompt, from_completion)  # [B, L]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
-
+    place = column - prompt_lengths[:, None]  # [B, L] in the completion; negative inside the prompt
+    from_prompt = prompt_ids[:, column.clamp(max=prompt_ids.shape[1] - 1)]  # [B, L]
+    from_completion = completion_ids.gather(1, place.clamp(0, completion_ids.shape[1] - 1))  # [B, L]
+    ids = torch.where(place < 0, from_prompt, from_completion)  # [B, L]
+    all_hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
     row, t = mask.nonzero(as_tuple=True)  # [N] the real completion tokens
-    hidden = hidden[row, prompt_lengths[row] + t - 1]  # [N, D] a token is predicted at the place before it
+    hidden = all_hidden[row, prompt_lengths[row] + t - 1]  # [N, D] the place before a token predicts it
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     logprobs, entropy = HeadLogprobs.apply(
         hidden, head.weight, bias, completion_ids[row, t], *head_factors(model), temperature, with_entropy
     )
     zeros = torch.zeros_like(mask)
-    return zeros.index_put((row, t), logprobs), zeros.index_put((row, t), entropy) if with_entropy else None
+    logprobs = zeros.index_put((row, t), logprobs)
+    return logprobs, None if entropy is None else zeros.index_put((row, t), entropy)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def loss_weights(mask: Tensor, reduction: str) -> Tensor:
-    """What each token's loss is multiplied by, so that a plain sum over the step is the mean that is wanted. [B, T]
+    """The factor of each token's loss that turns a plain sum over all tokens into the mean that is wanted. [B, T]
 
     sequence: the mean over rows of each row's mean over tokens (GRPO). token: the mean over all tokens (DAPO).
-    constant: the sum over tokens, divided by B * T (Dr. GRPO). ValueError for anything else. mask [B, T] holds all rows
+    constant: the sum over tokens, divided by B * T (Dr. GRPO). ValueError for another word. mask [B, T] holds all rows
     of an optimizer step, so the gradient does not depend on how the step is cut into micro-batches.
     """
     if reduction == "sequence":
@@ -392,8 +392,8 @@ def loss_weights(mask: Tensor, reduction: str) -> Tensor:
 
 
 def clip_fractions(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> dict[str, Tensor]:
-    """1.0 where the clip cuts the gradient off: the ratio has already moved past the bound in the direction that the
-    advantage asks for. ratio [b, T] or [b, 1]; advantages [b] or [b, T] -> two [b, T] or [b, 1], by metric name."""
+    """1.0 where the clip stops the gradient, because the ratio has passed its bound: upward with a positive advantage,
+    downward with a negative one. ratio [b, T] or [b, 1]; advantages [b] or [b, T] -> two like ratio, by metric."""
     advantages = advantages if advantages.dim() == 2 else advantages[:, None]
     cut_low = (ratio < 1 - clip_low) & (advantages < 0)
     cut_high = (ratio > 1 + clip_high) & (advantages > 0)

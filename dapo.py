@@ -4,7 +4,7 @@
     python dapo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python dapo.py --help
 
-DAPO is GRPO with five changes:
+DAPO is GRPO with six changes:
 
     A_i  = (r_i + p_i - mean(r + p)) / std(r + p)     mean and std over the G completions of the prompt          (Eq. 9)
     J    = 1/sum_i |o_i| sum_i sum_t min(w_it A_i, clip(w_it, 1-eps_low, 1+eps_high) A_i)                        (Eq. 8)
@@ -14,17 +14,17 @@ DAPO is GRPO with five changes:
          = -1                                         beyond L_max
 
  - Clip higher: eps_high 0.28 > eps_low 0.2 leaves unlikely tokens more room to grow.
- - Token mean: every token of the step counts the same, so a long completion counts for more than a short one.
+ - Token mean: every token of an optimizer step counts the same, so a long completion counts more than a short one.
  - Dynamic sampling (Eq. 11): prompts whose completions are all right or all wrong teach nothing and are replaced.
  - Soft overlong punishment p (Eq. 13). L_max is max_new_tokens; L_cache is the zone before it.
  - No KL.
-And it takes several updates per rollout (--minibatches): only then does clipping begin to matter.
+ - Several updates per rollout (--minibatches). Only then does clipping matter.
 
 Deviations from the paper, and why:
  1. Dynamic sampling stops after --max-rounds rounds. Then the step continues with the groups that it has, and the
     metrics say how many. Late in training nearly every group is all right, and the paper's loop would hardly end.
- 2. Only the verifier decides whether a group is all right or all wrong. A difference in length punishment says nothing
-    about correctness, so such a group is replaced too, and its advantage would be 0.
+ 2. Only the verifier decides whether a group is all right or all wrong, because a difference in length punishment says
+    nothing about correctness. Such a group is replaced, and if it remains, its advantage is 0.
  3. 4 updates per rollout instead of the paper's 16: a rollout of the default run is 64 times smaller than the paper's.
  4. --overlong-filter leaves completions that were cut off at the limit out of the loss. It is the paper's alternative
     to the punishment.
@@ -101,9 +101,10 @@ def token_advantages(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
     max_new_tokens: int, overlong_cache: float = 0.2,
 ) -> Tensor:  # fmt: skip
-    """The advantage of every token: [B, T], 0 where mask is 0. On the first update it multiplies grad log pi.
+    """The advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy moves.
 
-    rewards, group: [B]; entropy (nats), mask: [B, T]. All five scripts have this function. DAPO does not use entropy.
+    rewards, group: [B]; entropy (nats), mask: [B, T]; max_new_tokens in tokens, overlong_cache as a share of it. All
+    five scripts have this function. DAPO does not use entropy.
     """
     punishment = overlong_punishment(mask.sum(1), max_new_tokens, overlong_cache * max_new_tokens)  # [B]
     return advantages(rewards, group, punishment)[:, None] * mask
@@ -137,7 +138,7 @@ def main() -> None:
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
-                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    (per_token * batch.loss_weights).sum().backward()  # loss_weights turn this sum into the mean
                     run.record(batch, per_token, **metrics)
                 run.optimizer_step()
             n_groups = len(rollout.group.unique())

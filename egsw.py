@@ -4,35 +4,36 @@
     python egsw.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python egsw.py --help
 
-The completions of a prompt compete for weight. A completion gets more weight if its advantage A is high, or if the
-policy was uncertain when it wrote it (high entropy H). The weights multiply GRPO's loss.
+The completions of a prompt share a fixed total weight. A completion gets more of it if its advantage A is high, or if
+the policy was uncertain when it wrote it (high entropy H). The weights multiply GRPO's loss: a larger weight makes a
+push stronger, up or down. For completion i of G, with |o_i| tokens, token t, and the starting model pi_ref:
 
     raw_it = exp((A_it + alpha H_it) / P)
     w_it   = raw_it / sum_j raw_jt                          a softmax over the prompt's completions j, temperature P
     grad J = 1/G sum_i 1/|o_i| sum_t w_it [A_it + beta (pi_ref/pi - 1)] grad log pi(o_it)
 
-Step-wise (the default), there is one softmax at each position t, over the completions that have a token there.
-Trajectory-wise, each completion has one weight, from the mean entropy of its tokens. The weights are constants: no
-gradient flows through them.
+Step-wise (the default here), there is one softmax at each position t, over the completions that have a token there.
+Trajectory-wise, each completion has one weight, from its advantage and the mean entropy of its tokens. The weights are
+constants: no gradient flows through them.
 
 Deviations from the paper, and why:
- 1. The weights are multiplied by the number of completions in the softmax, so their mean is one. Then a large P gives
-    exactly GRPO, and GRPO's learning rate fits. --no-mean-one gives the paper's weights, whose sum is one.
- 2. The gradient above is that of a first update. With several updates per rollout (--minibatches), the ratio is clipped
-    as in GRPO, and w multiplies the whole clipped objective of a token, with its KL term.
- 3. alpha and P are this project's choice. The paper calls them sensitive, but its values could not be checked. Nor
-    could its treatment of the KL; beta is 0 unless --kl-coef is given.
- 4. The mean is over all tokens of the step. The paper takes the mean of each completion first (--reduction sequence),
-    and that pays for being short. Advantages sum to zero over a group, but weighted advantages do not, because the
-    right completions have the larger weights. The surplus is like a bonus for every completion; divided by |o_i|, it is
-    larger for short ones. An example with P = 2 and alpha = 0:
+ 1. The weights are multiplied by the number of completions in the softmax, so their mean is one. Then a very large P
+    gives GRPO, and GRPO's learning rate fits. --no-mean-one gives the paper's weights, whose sum is one.
+ 2. The gradient above holds as long as the policy has not moved. With several updates per rollout (--minibatches), the
+    ratio is clipped as in GRPO, and w multiplies the whole clipped objective of a token, with its KL term.
+ 3. alpha and P are this project's choice. The paper calls them sensitive, but we could not confirm its values. We could
+    not confirm its treatment of the KL either. beta is 0 unless --kl-coef is given.
+ 4. The mean is over all tokens of the optimizer step. The paper takes the mean of each completion first (--reduction
+    sequence), and that pays for being short. Advantages sum to zero over a group, but weighted advantages do not,
+    because the right completions have the larger weights. The surplus is like a bonus for every completion, and divided
+    by |o_i| it is larger for short ones. An example with one weight per completion, P = 2 and alpha = 0:
 
         completion           A      w      w A  =  A + bonus    bonus / |o_i|
         right, 40 tokens    +1   1.46    +1.46  = +1 +  0.46    0.012
         wrong, 10 tokens    -1   0.54    -0.54  = -1 +  0.46    0.046
 
-    On tasks where the model can guess, training with --reduction sequence ended in short guesses
-    (experiments/RESULTS.md, section 3).
+    With the mean over tokens, the bonus is the same for all completions, and has no effect on average. On tasks where
+    the model can guess, --reduction sequence ended in short guesses (experiments/RESULTS.md, section 3).
  5. The weights work with any advantage: --advantage grpo, dr_grpo or rloo, as in grpo.py.
 """
 
@@ -50,7 +51,7 @@ from harness.run import Run
 @dataclass
 class Config(RunConfig):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = option("grpo", "baseline and scale of the advantage")
-    alpha: float = option(0.5, "weight of the entropy against the advantage", at_least=0)
+    alpha: float = option(0.5, "factor of the entropy, beside the advantage", at_least=0)
     weight_temperature: float = option(2.0, "P, temperature of the softmax; large: all weights equal", above=0)
     step_wise: bool = option(True, "one softmax per position; otherwise one weight per completion")
     mean_one: bool = option(True, "the mean of the weights is one; otherwise their sum is one, as in the paper")
@@ -61,10 +62,10 @@ class Config(RunConfig):
 
 
 def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
-    """Group-relative advantages. rewards [B], group [B] (any integers; rows of a prompt share one) -> [B].
+    """Group-relative advantages. rewards [B] float, group [B] (any integers; rows of a prompt share one) -> [B].
 
     kind: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards are
-    all equal gets exactly 0.
+    all equal gets exactly 0. ValueError for another kind.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
@@ -77,7 +78,7 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
             elif kind == "dr_grpo":
                 result[rows] = centred
             elif kind == "rloo":
-                result[rows] = centred * (len(r) / (len(r) - 1))
+                result[rows] = centred * (len(r) / (len(r) - 1))  # equals r - mean of the others
             else:
                 raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
     return result
@@ -94,27 +95,30 @@ def weights(
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    logit = (A + alpha * entropy).detach().float()  # [B, T]
-    if not step_wise:  # a row has one logit: the mean over its tokens
-        logit = (logit * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    score = (A + alpha * entropy).detach().float()  # [B, T]
+    if not step_wise:  # a row has one score: the mean over its tokens
+        score = (score * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
     competing = mask > 0 if step_wise else torch.ones_like(mask, dtype=torch.bool)  # [B, T] who is in each softmax
     result = torch.zeros_like(mask, dtype=torch.float32)
     for g in group.unique():
         rows = group == g
-        x = torch.where(competing[rows], logit[rows], -torch.inf)  # [G, T]
-        w = ((x - x.amax(0)) / temperature).softmax(0)  # the maximum goes first, so a tiny temperature does no harm
-        result[rows] = w * competing[rows].sum(0) if mean_one else w
-    return torch.where(mask > 0, result, 0.0)  # and 0 for the NaN of positions without a token
+        x = torch.where(competing[rows], score[rows], -torch.inf)  # [G, T]
+        w = ((x - x.amax(0)) / temperature).softmax(0)  # without the maximum, the division cannot overflow
+        if mean_one:
+            w = w * competing[rows].sum(0)
+        result[rows] = w
+    return torch.where(mask > 0, result, 0.0)  # at a position where no row has a token, the softmax gave NaN
 
 
 def token_advantages(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor, advantage: str = "grpo",
     alpha: float = 0.5, weight_temperature: float = 2.0, step_wise: bool = True, mean_one: bool = True,
 ) -> Tensor:  # fmt: skip
-    """The weighted advantage of every token: [B, T], 0 where mask is 0. On the first update it multiplies grad log pi.
+    """The weighted advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy
+    moves.
 
-    rewards, group: [B]; entropy (nats), mask: [B, T]. For trainers that take one advantage per token. It gives the same
-    gradient as main(), but without a KL, because the weights multiply the KL term as well.
+    rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config. With kl_coef 0 it gives the
+    gradient of main(), which needs the weights apart because they multiply the KL term too.
     """
     A = advantages(rewards, group, advantage)  # [B]
     return A[:, None] * weights(A, entropy, mask, group, alpha, weight_temperature, step_wise, mean_one)
@@ -159,8 +163,8 @@ def main() -> None:
                         kl = k3(batch.logprobs, ref_logprobs[batch.rows])  # [b, T]
                         per_token = per_token + cfg.kl_coef * kl * batch.mask
                         metrics["kl"] = kl
-                    per_token = W[batch.rows] * per_token  # the KL term too
-                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    per_token = W[batch.rows] * per_token  # W multiplies the KL term too
+                    (per_token * batch.loss_weights).sum().backward()  # loss_weights turn this sum into the mean
                     run.record(batch, per_token, **metrics)
                 run.optimizer_step()
             run.log(rollout)

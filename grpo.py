@@ -41,10 +41,10 @@ class Config(RunConfig):
 
 
 def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
-    """Group-relative advantages. rewards [B], group [B] (any integers; rows of a prompt share one) -> [B].
+    """Group-relative advantages. rewards [B] float, group [B] (any integers; rows of a prompt share one) -> [B].
 
     kind: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards are
-    all equal gets exactly 0.
+    all equal gets exactly 0. ValueError for another kind.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
@@ -57,7 +57,7 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
             elif kind == "dr_grpo":
                 result[rows] = centred
             elif kind == "rloo":
-                result[rows] = centred * (len(r) / (len(r) - 1))
+                result[rows] = centred * (len(r) / (len(r) - 1))  # equals r - mean of the others
             else:
                 raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
     return result
@@ -67,7 +67,7 @@ def token_advantages(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
     advantage: str = "grpo",
 ) -> Tensor:  # fmt: skip
-    """The advantage of every token: [B, T], 0 where mask is 0. On the first update it multiplies grad log pi.
+    """The advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy moves.
 
     rewards, group: [B]; entropy (nats), mask: [B, T]. All five scripts have this function. GRPO does not use entropy.
     """
@@ -112,7 +112,7 @@ def main() -> None:
                         kl = k3(batch.logprobs, ref_logprobs[batch.rows])  # [b, T]
                         per_token = per_token + cfg.kl_coef * kl * batch.mask
                         metrics["kl"] = kl
-                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    (per_token * batch.loss_weights).sum().backward()  # loss_weights turn this sum into the mean
                     run.record(batch, per_token, **metrics)
                 run.optimizer_step()
             run.log(rollout)

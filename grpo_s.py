@@ -51,18 +51,19 @@ def shaped_rewards(
 ) -> Tensor:  # fmt: skip
     """The shaped reward of every completion (Eq. 6). rewards, group: [B]; entropy (nats), mask: [B, T] -> [B].
 
-    A completion without a token has no entropy: it gets beta1 or -beta1 alone, and is in no mean.
+    A completion without a token has no entropy: it gets beta1 or -beta1 alone, and is in no mean. KeyError for another
+    mean than arithmetic and geometric.
     """
     n_tokens = mask.sum(1)
-    if mean == "geometric":
-        H = ((entropy.clamp(min=entropy_min).log() * mask).sum(1) / n_tokens.clamp(min=1)).exp()  # [B]
-    else:
-        H = ((entropy * mask).sum(1) / n_tokens.clamp(min=1)).clamp(min=entropy_min)
+    arithmetic = ((entropy * mask).sum(1) / n_tokens.clamp(min=1)).clamp(min=entropy_min)
+    geometric = ((entropy.clamp(min=entropy_min).log() * mask).sum(1) / n_tokens.clamp(min=1)).exp()
+    H = {"arithmetic": arithmetic, "geometric": geometric}[mean]  # [B]
     result = torch.where(rewards > 0.5, beta1 * rewards, -beta1)
     for g in group.unique():
         rows = (group == g) & (n_tokens > 0)
+        # Without a right row, the mean of H[plus] is NaN. But then result[plus] is empty, and nothing becomes NaN.
         plus = rows & (rewards > 0.5)
-        result[plus] += beta2 * H[plus] / H[plus].mean()  # (6); without such a row the mean is NaN, but no row gets it
+        result[plus] += beta2 * H[plus] / H[plus].mean()  # (6)
         minus = rows & (rewards <= 0.5)
         result[minus] -= beta2 * (1 / H[minus]) / (1 / H[minus]).mean()  # (6)
     return result
@@ -86,22 +87,26 @@ def token_advantages(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
     beta1: float = 1.0, beta2: float = 0.1, mean: str = "arithmetic", entropy_min: float = 1e-3,
 ) -> Tensor:  # fmt: skip
-    """The advantage of every token, the same in a completion: [B, T], 0 where mask is 0. On the first update it
-    multiplies grad log pi.
+    """The advantage of every token, the same in a completion: [B, T], 0 where mask is 0. It multiplies grad log pi
+    until the policy moves.
 
-    rewards, group: [B]; entropy (nats), mask: [B, T]. For trainers that take one advantage per token.
+    rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config. main() calls the two functions
+    above instead, because it has one ratio per completion.
     """
     shaped = shaped_rewards(rewards, entropy, mask, group, beta1, beta2, mean, entropy_min)  # [B]
     return advantages(shaped, rewards, group)[:, None] * mask
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, mean: str = "geometric") -> Tensor:
-    """One probability ratio per completion, the mean of its tokens' ratios (Eq. 8 or Algorithm 1). [B, T] -> [B]."""
+    """One probability ratio per completion, the mean of its tokens' ratios. logprobs, old_logprobs, mask: [B, T] -> [B]
+
+    mean: "geometric" (Algorithm 1) or "arithmetic" (Eq. 8); KeyError for another.
+    """
     log_ratio = (logprobs - old_logprobs) * mask
     n_tokens = mask.sum(1).clamp(min=1)
-    if mean == "geometric":
-        return (log_ratio.sum(1) / n_tokens).exp()
-    return (log_ratio.exp() * mask).sum(1) / n_tokens
+    geometric = (log_ratio.sum(1) / n_tokens).exp()
+    arithmetic = (log_ratio.exp() * mask).sum(1) / n_tokens
+    return {"geometric": geometric, "arithmetic": arithmetic}[mean]
 
 
 def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:
@@ -130,7 +135,7 @@ def main() -> None:
                     ratio = sequence_ratio(batch.logprobs, batch.old_logprobs, batch.mask, cfg.ratio)[:, None]  # [b, 1]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, 1]
-                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    (per_token * batch.loss_weights).sum().backward()  # loss_weights turn this sum into the mean
                     run.record(batch, per_token, **metrics)
                 run.optimizer_step()
             run.log(rollout)

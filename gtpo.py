@@ -66,8 +66,9 @@ class Config(RunConfig):
 def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float) -> Tensor:
     """Group Relative Overlong Punishment (appendix C), to add to the reward. Three [B] -> [B], from 0 to -1/2.
 
-    It punishes long completions: of the right ones, if their fraction is gamma or more; of none, if it is 1 - gamma or
-    less; otherwise of the majority. Long means longer than L, the larger of mid-range and mean of the lengths.
+    Punishes long completions: none if the fraction of right ones is 1 - gamma or less; otherwise the right ones if that
+    fraction is above 1/2, else the wrong ones. Long means longer than L, the larger of mid-range and mean of the
+    lengths: of the right completions if the fraction is gamma or more, else of the whole group.
     """
     right = rewards > 0.5
     result = torch.zeros_like(rewards)
@@ -85,19 +86,23 @@ def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: 
 
 
 def comparison_sets(rewards: Tensor, group: Tensor, scope: str) -> list[Tensor]:
-    """The rows, bool [B], whose tokens form a set: each group with both outcomes, or (scope "batch") all of them."""
+    """The sets of rows that are compared, each bool [B]. Scope "group": one set per group that has both outcomes. Scope
+    "batch": one set of all these groups. KeyError for another scope."""
     groups = [group == g for g in group.unique()]
     mixed = [rows for rows in groups if 0 < (rewards[rows] > 0.5).sum() < rows.sum()]
-    return [torch.stack(mixed).any(0)] if mixed and scope == "batch" else mixed
+    together = [torch.stack(mixed).any(0)] if mixed else []
+    return {"group": mixed, "batch": together}[scope]
 
 
 def over_mean(values: Tensor, mask: Tensor, compare: str, mean: str) -> Tensor:
-    """Each value divided by the mean of its set of tokens, 0 where mask is 0. Two [n, T] -> [n, T]."""
+    """Each value divided by the mean of the tokens that it is compared with, 0 where mask is 0. Two [n, T], the rows of
+    one outcome -> [n, T]. KeyError for another word than those of --compare and --mean."""
     dims = {"column": (0,), "row": (1,), "matrix": (0, 1)}[compare]
-    values = values.log() if mean == "geometric" else values
-    centre = (values * mask).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True).clamp(min=1)
-    ratio = (values - centre).exp() if mean == "geometric" else values / centre
-    return torch.where(mask > 0, ratio, 0.0)  # and 0 for the 0 / 0 of a column without a token
+    n_tokens = mask.sum(dims, keepdim=True).clamp(min=1)
+    arithmetic = values / ((values * mask).sum(dims, keepdim=True) / n_tokens)
+    geometric = (values.log() - (values.log() * mask).sum(dims, keepdim=True) / n_tokens).exp()
+    ratio = {"arithmetic": arithmetic, "geometric": geometric}[mean]  # [n, T]
+    return torch.where(mask > 0, ratio, 0.0)  # in a column without a token it was 0 / 0
 
 
 def shaped_rewards(
@@ -130,14 +135,14 @@ def advantages(
 ) -> Tensor:  # fmt: skip
     """A+ for tokens of right completions and A- for those of wrong ones (Eq. 4), from shaped_rewards: [B, T].
 
-    normalize: "all" takes mean and std over all tokens of the set, "own" over those of the outcome alone. Groups with
-    one outcome get exactly 0.
+    reward_plus, reward_minus, mask: [B, T]; rewards, group: [B]. normalize: "all" takes mean and std over all tokens of
+    the set, "own" over those of the outcome alone; KeyError for another word. Groups with one outcome get exactly 0.
     """
     result = torch.zeros_like(mask)
     for rows in comparison_sets(rewards, group, scope):
         for outcome, shaped in ((rewards > 0.5, reward_plus), (rewards <= 0.5, reward_minus)):
-            pool = rows & outcome if normalize == "own" else rows
-            R = shaped[pool][mask[pool] > 0]
+            pool = {"all": rows, "own": rows & outcome}[normalize]
+            R = shaped[pool][mask[pool] > 0]  # [tokens of the pool]
             if R.max() > R.min():
                 result[rows & outcome] = (shaped[rows & outcome] - R.mean()) / (R.std(correction=0) + eps)  # (4)
     return result * mask
@@ -148,9 +153,9 @@ def token_advantages(
     compare: str = "column", mean: str = "arithmetic", scope: str = "group", normalize: str = "all",
     entropy_min: float = 1e-3, entropy_max: float = 1e3, overlong_gamma: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The advantage of every token: [B, T], 0 where mask is 0. On the first update it multiplies grad log pi.
+    """The advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy moves.
 
-    rewards, group: [B]; entropy (nats), mask: [B, T].
+    rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config.
     """
     punishment = None
     if overlong_gamma is not None:
@@ -188,7 +193,7 @@ def main() -> None:
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
-                    (per_token * batch.loss_weights).sum().backward()  # the weights turn this sum into the step's mean
+                    (per_token * batch.loss_weights).sum().backward()  # loss_weights turn this sum into the mean
                     run.record(batch, per_token, **metrics)
                 run.optimizer_step()
             run.log(rollout)

@@ -51,7 +51,7 @@ def sample(
             cache.update(layer.keys[rollout.group], layer.values[rollout.group], i)
         visible = torch.zeros(B, 1, 1, P + T, dtype=torch.bool, device=model.device)
         visible[:, 0, 0, :P] = attention[rollout.group, :P] > 0
-        t = torch.zeros(1, dtype=torch.long, device=model.device)  # a tensor: a graph cannot count in Python
+        t = torch.zeros(1, dtype=torch.long, device=model.device)  # a tensor: a graph runs no Python
 
         def step() -> None:
             """Draws token t of every row, writes it down, and runs the decoder on it. All of it in place."""
@@ -77,7 +77,7 @@ def sample(
                 step()
             advance = graph.replay
         for n in range(1, T):
-            if n % 16 == 0 and bool(rollout.finished.all()):  # seldom, because the question waits for the GPU
+            if n % 16 == 0 and bool(rollout.finished.all()):  # not at every step: it waits for the GPU
                 break
             advance()
     return rollout

@@ -1,4 +1,4 @@
-"""The model that is trained, and the problems that it is asked.
+"""The model to train, and the problems to ask it.
 
 A problem is {"question", "answer"}. Its answer is what verifier.gold_answer reads: GSM8K's text with `####`, a MATH
 solution with \\boxed{}, or the bare answer. transformers and `datasets` do the loading; they are imported where they
@@ -14,7 +14,7 @@ import torch
 
 import common
 import verifier
-from harness import distributed, tiny
+from harness import tiny
 from harness.options import RunConfig, fail
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
@@ -22,6 +22,7 @@ ANSWER_COLUMNS = ("answer", "reward_model", "solution")  # DAPO-Math-17k keeps i
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
     error = error.__cause__ or error  # `datasets` wraps the error that says what is wrong
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -95,71 +96,6 @@ def prompt_ids(tokenizer, question: str, system: str, template: str) -> list[int
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]:
-    """What the parts of a run need, roughly, in bytes on each device. "rollout" and "update" follow each other: they do
-    not add up."""
-    config = model.config.get_text_config()
-    on_gpu = model.device.type == "cuda"
-    layers = config.num_hidden_layers
-    hidden = config.hidden_size
-    vocabulary = config.vocab_size
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    activation = 2 if on_gpu else 4  # bytes of a number in bf16 or float32
-    processes = distributed.world_size()
-
-    weights = 4 * sum(p.numel() for p in model.parameters())  # float32
-    gradients = weights
-    adamw = 2 * weights  # two moments of each weight
-    reference = weights if getattr(cfg, "kl_coef", 0) > 0 else 0  # a second model
-    parts = processes if cfg.fsdp else 1
-    autocast_copy = weights // 2 if on_gpu else 0  # of the weights, in bf16
-
-    completions = max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k)
-    rows = min(cfg.rollout_rows, math.ceil(completions / processes))  # sampled at a time
-    tokens = rows * (prompt_length + cfg.max_new_tokens)
-    cache = tokens * layers * 2 * kv_heads * head_size * activation  # keys and values
-    sampling = 4 * rows * vocabulary * 4  # four float32 buffers of a row's logits
-    gathered_weights = weights if cfg.fsdp else 0
-
-    # An activation count of 34 per token, layer and hidden unit, in bytes at 16 bits: Korthikanti et al. (arXiv
-    # 2205.05198) without the attention matrix. With checkpointing only a layer's input is kept.
-    kept = 2 if cfg.gradient_checkpointing else 34
-    activations = cfg.token_budget * layers * kept * hidden * activation // 2
-    chunks = 2 * 4 * max(common.CHUNK_ELEMENTS[model.device.type], vocabulary)  # two float32 chunks of logits
-    head_gradient = 4 * vocabulary * hidden  # float32
-    return {
-        "weights, gradients, AdamW": (weights + gradients + adamw + reference) // parts + autocast_copy,
-        "rollout": cache + sampling + gathered_weights,
-        "update": activations + chunks + head_gradient,
-    }
-
-
-def check_memory(cfg: RunConfig, model, prompt_length: int) -> None:
-    """Prints one line with the estimate, and refuses what cannot fit on the GPU."""
-    estimate = estimate_memory(cfg, model, prompt_length)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    listed = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in estimate.items())
-    print(f"{n_parameters:,} parameters on {model.device.type}; memory estimated in GiB: {listed}")
-    if model.device.type != "cuda":
-        return
-    fixed, rollout, update = estimate.values()
-    already_loaded = fixed // 4  # the weights
-    free = min(distributed.all_gather(torch.cuda.mem_get_info()[0])) + already_loaded
-    needs = [
-        (fixed, "a smaller --model"),
-        (fixed + rollout, "a smaller --rollout-rows"),
-        (fixed + update, "a smaller --token-budget"),
-    ]
-    for needed, way_out in needs:
-        if needed > free:
-            fail(f"about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose {way_out}")
-
-
 # --- the problems -----------------------------------------------------------------------------------------------------
 
 
@@ -168,22 +104,22 @@ def load_problems(cfg: RunConfig) -> tuple[list[dict], list[dict]]:
     train = training_problems(cfg)
     if cfg.eval_rows == 0:
         return train, []
-    held_out = evaluation_problems(cfg)
-    if not held_out:
-        held_out = train[: cfg.eval_rows]
+    eval_problems = evaluation_problems(cfg)
+    if not eval_problems:
+        eval_problems = train[: cfg.eval_rows]
         train = train[cfg.eval_rows :]
-        print(f"--dataset {cfg.dataset}: no split to evaluate on, so {len(held_out)} of its rows are held out")
-    held_out = held_out[: cfg.eval_rows]
-    return without_overlap(cfg, train, held_out), held_out
+        print(f"--dataset {cfg.dataset}: no split to evaluate on, so {len(eval_problems)} of its rows are held out")
+    eval_problems = eval_problems[: cfg.eval_rows]
+    return without_overlap(cfg, train, eval_problems), eval_problems
 
 
 def training_problems(cfg: RunConfig) -> list[dict]:
     if cfg.dataset == "arithmetic":
         return tiny.problems(8192, cfg.seed, held_out=False)
-    rows = open_dataset("--dataset", cfg.dataset, cfg.dataset_config, cfg.train_split)
-    if rows is None:
-        fail(f"--dataset {cfg.dataset}: no split {cfg.train_split!r}; name one with --train-split")
     flag = f"--dataset {cfg.dataset}"
+    rows = open_dataset(flag, cfg.dataset, cfg.dataset_config, cfg.train_split)
+    if rows is None:
+        fail(f"{flag}: no split {cfg.train_split!r}; name one with --train-split")
     return shuffled(usable(flag, read_columns(flag, rows, cfg.question_column, cfg.answer_column)))
 
 
@@ -195,24 +131,24 @@ def evaluation_problems(cfg: RunConfig) -> list[dict] | None:
     if not cfg.eval_dataset and Path(cfg.dataset).is_file():
         return None  # a file has no splits
     config = None if cfg.eval_dataset else cfg.dataset_config
-    rows = open_dataset("--eval-dataset", name, config, cfg.eval_split)
-    user_wants_it = cfg.eval_dataset is not None or cfg.eval_split != "test"
-    if rows is None and user_wants_it:
-        fail(f"--eval-dataset {name}: no split {cfg.eval_split!r}; name one with --eval-split")
-    if not rows and not user_wants_it:
+    flag = f"--eval-dataset {name}" if cfg.eval_dataset else f"--dataset {name}"
+    rows = open_dataset(flag, name, config, cfg.eval_split)
+    split_was_asked_for = cfg.eval_dataset is not None or cfg.eval_split != "test"
+    if rows is None and split_was_asked_for:
+        fail(f"{flag}: no split {cfg.eval_split!r}; name one with --eval-split")
+    if not rows and not split_was_asked_for:
         return None
     question_column = cfg.question_column
     answer_column = cfg.answer_column
     if cfg.eval_dataset:  # the named columns are those of --dataset; this one may have others
         question_column = question_column if question_column in rows.column_names else None
         answer_column = answer_column if answer_column in rows.column_names else None
-    flag = f"--eval-dataset {name}"
     return shuffled(usable(flag, read_columns(flag, rows, question_column, answer_column)))
 
 
-def without_overlap(cfg: RunConfig, train: list[dict], held_out: list[dict]) -> list[dict]:
-    """The training problems whose question is not evaluated on, whatever its white space."""
-    evaluated = {" ".join(problem["question"].split()) for problem in held_out}
+def without_overlap(cfg: RunConfig, train: list[dict], eval_problems: list[dict]) -> list[dict]:
+    """The training problems whose question is not evaluated on. White space does not make a question different."""
+    evaluated = {" ".join(problem["question"].split()) for problem in eval_problems}
     kept = [problem for problem in train if " ".join(problem["question"].split()) not in evaluated]
     if len(kept) < len(train):
         print(f"--dataset: {len(train) - len(kept)} rows dropped, because their questions are also evaluated on")
@@ -238,9 +174,9 @@ def open_dataset(flag: str, name: str, config: str | None, split: str):
     try:
         if path.is_file():
             if path.suffix not in formats:
-                fail(f"{flag} {name}: a file must end in {', '.join(formats)}")
+                fail(f"{flag}: a file must end in {', '.join(formats)}")
             if is_blank(path):
-                fail(f"{flag} {name}: the file is empty")
+                fail(f"{flag}: the file is empty")
             return datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(name)
@@ -253,7 +189,7 @@ def open_dataset(flag: str, name: str, config: str | None, split: str):
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of any class: DatasetNotFoundError, ConnectionError, ArrowInvalid, ...
         hint = "" if path.exists() else " Give a local file or folder instead if the hub is out of reach."
-        fail(f"{flag} {name} cannot be loaded: {first_line(error)}{hint}")
+        fail(f"{flag} cannot be loaded: {first_line(error)}{hint}")
 
 
 def is_blank(path: Path) -> bool:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common import TENSORS, Rollout, concatenate
+from common import TENSOR_FIELDS, Rollout, concatenate
 from harness.options import fail
 
 
@@ -53,8 +53,10 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def peer_lost(error: BaseException | None) -> bool:
-    """Whether this error means that another process has died."""
+def peer_lost(error: BaseException) -> bool:
+    """Whether this error means that another process has died. gloo raises a plain RuntimeError."""
+    if not dist.is_initialized():
+        return False
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "peer" in text))
 
@@ -99,9 +101,9 @@ def gather_rollout(part: Rollout | None, device: torch.device) -> Rollout:
     if world_size() == 1 and part is not None:
         return part
     if part is not None:
-        part = replace(part, **{name: getattr(part, name).cpu() for name in TENSORS})
+        part = replace(part, **{name: getattr(part, name).cpu() for name in TENSOR_FIELDS})
     whole = concatenate([part for part in all_gather(part) if part is not None])
-    return replace(whole, **{name: getattr(whole, name).to(device) for name in TENSORS})
+    return replace(whole, **{name: getattr(whole, name).to(device) for name in TENSOR_FIELDS})
 
 
 def all_reduce(tensor: Tensor) -> None:
@@ -164,7 +166,7 @@ def unsharded(model) -> Iterator[None]:
     if not is_sharded(model):
         yield
         return
-    model.run_as_forward(lambda _: None)  # FSDP takes the first module that runs for the root: it must be the model
+    model.run_as_forward(lambda _: None)  # FSDP treats the first module that runs as the root: it must be the model
     parts = [module for module in model.modules() if is_sharded(module)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

@@ -31,14 +31,17 @@ def read_lines(path: Path) -> list[dict]:
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Calls write(temporary folder), then renames that folder to `path` and so replaces what was there. At any moment
-    there is the old folder, the new one, or none, but never half of one."""
+    `path` is the old folder, the new one, or for an instant none, but never half of one."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    old = temporary.with_name(temporary.name + "-old")
     try:
         write(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def new_folder(out: Path, name: str | None) -> Path:
@@ -57,7 +60,7 @@ def new_folder(out: Path, name: str | None) -> Path:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the latest step. A folder with the name of a checkpoint is always a whole one."""
+    """The checkpoint of the latest step. It is always a whole one, because write_folder has renamed it into place."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     if not checkpoints:
         fail(f"--resume {folder}: there is no checkpoint in it")
@@ -70,4 +73,4 @@ def cut_back(folder: Path, step: int) -> None:
         shutil.rmtree(leftover)
     for file in folder.glob("*.jsonl"):
         kept = [record for record in read_lines(file) if record["step"] <= step]
-        file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_text(file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -35,51 +35,51 @@ def option(
 class RunConfig:
     """lr, max_new_tokens and token_budget are None until `resolve_defaults` fills them in."""
 
-    model: str | None = option(None, "hub name or local folder; without it: the tiny base")
+    model: str | None = option(None, "hub name or local folder; if not given: the tiny base")
     trust_remote_code: bool = option(False, "run code that comes with the checkpoint")
     gradient_checkpointing: bool = option(False, "less memory, more time: compute activations twice")
     fsdp: bool = option(False, "under torchrun: split weights, gradients and AdamW over the GPUs (FSDP2)")
     dataset: str = option("arithmetic", "arithmetic (built in), a hub name, a JSON/JSONL/Parquet file, a saved folder")
-    dataset_config: str | None = option(None, "the hub data set's configuration; without it: main, or its first")
+    dataset_config: str | None = option(None, "the hub data set's configuration; if not given: main, or its first")
     train_split: str = option("train", "split to train on")
     eval_dataset: str | None = option(
-        None, "data set to evaluate on; without it: --dataset's eval split, or rows held out"
+        None, "data set to evaluate on; if not given: --dataset's eval split, or rows held out"
     )
     eval_split: str = option("test", "split to evaluate on")
-    question_column: str | None = option(None, "without it: question, problem or prompt")
-    answer_column: str | None = option(None, "without it: answer, reward_model or solution")
+    question_column: str | None = option(None, "if not given: question, problem or prompt")
+    answer_column: str | None = option(None, "if not given: answer, reward_model or solution")
     system: str = option(
         "Reason step by step, and put your final answer within \\boxed{}.", "system turn of a chat; '': none"
     )
     prompt_template: str = option("Question: {question}\nAnswer:", "prompt of a model without a chat template")
     max_prompt_tokens: int = option(1024, "longer prompts are dropped", at_least=1)
 
-    n_prompts: int = option(32, "Q, prompts a step", at_least=1)
-    group_size: int = option(8, "G, completions a prompt", at_least=2)
-    max_new_tokens: int = option(None, "longest completion; without it: 64 for arithmetic, else 512", at_least=1)
+    n_prompts: int = option(32, "Q, prompts per step", at_least=1)
+    group_size: int = option(8, "G, completions per prompt", at_least=2)
+    max_new_tokens: int = option(None, "longest completion; if not given: 64 for arithmetic, else 512", at_least=1)
     temperature: float = option(1.0, "of sampling, and so of every log-prob and entropy", above=0)
     cuda_graphs: bool = option(False, "sample with fixed shapes and CUDA graphs")
     rollout_rows: int = option(1024, "completions sampled at a time; changes memory, not results", at_least=1)
 
     steps: int = option(60, "rollout-and-update steps", at_least=0)
     stop_tokens: int | None = option(None, "end earlier, after this many sampled completion tokens", at_least=1)
-    lr: float = option(None, "AdamW's; without it: 2e-4 below 10M parameters, else 1e-6", above=0)
+    lr: float = option(None, "learning rate; if not given: 2e-4 below 10M parameters, else 1e-6", above=0)
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
     max_grad_norm: float = option(1.0, "a larger gradient is scaled down to this norm", above=0)
-    minibatches: int = option(1, "optimizer steps a rollout, each on its part of the rows", at_least=1)
-    token_budget: int = option(None, "tokens of a micro-batch; without it: 2048, on a GPU 16384", at_least=1)
+    minibatches: int = option(1, "optimizer steps per rollout, each on its part of the rows", at_least=1)
+    token_budget: int = option(None, "tokens of a micro-batch; if not given: 2048, on a GPU 16384", at_least=1)
 
     eval_rows: int = option(256, "held-out problems to evaluate on; 0: no evaluation", at_least=0)
-    eval_k: int = option(8, "completions a problem for mean@k and pass@k", at_least=1)
-    eval_every: int = option(0, "evaluate also after every N steps; 0: before and after the run", at_least=0)
+    eval_k: int = option(8, "completions per problem for mean@k and pass@k", at_least=1)
+    eval_every: int = option(0, "evaluate also after every N steps; 0: only before and after the run", at_least=0)
     eval_only: bool = option(False, "evaluate the model and stop")
 
     seed: int = option(0, "decides the order of the prompts and every sample", at_least=0)
     out: str = option("runs", "folder that holds all runs")
-    name: str | None = option(None, "folder of this run inside <out>; without it: <method>-1, -2, ...")
-    save_every: int = option(0, "write a checkpoint after every N steps; 0: at the end", at_least=0)
+    name: str | None = option(None, "folder of this run inside <out>; if not given: <method>-1, -2, ...")
+    save_every: int = option(0, "write a checkpoint after every N steps; 0: only at the end", at_least=0)
     resume: str | None = option(None, "run folder to continue; its stored options apply unless given again")
-    log_completions: int = option(4, "completions a step to keep in completions.jsonl", at_least=0)
+    log_completions: int = option(4, "completions per step to keep in completions.jsonl", at_least=0)
     track: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "where else the metrics go")
     save_plots: bool = option(True, "draw curves.png at the end, if matplotlib is installed")
 
@@ -115,8 +115,8 @@ def parse(config_class: type[C], doc: str | None, argv: list[str] | None = None)
     return config_class(**vars(args))
 
 
-def stored_options(folder: str, known: typing.Iterable[str]) -> dict:
-    """The options in the config.json of a run folder. Fails if it is no run of this script."""
+def stored_options(folder: str, known: Collection[str]) -> dict:
+    """The options in the config.json of a run folder. Fails if it is not a run of this script."""
     script = Path(sys.argv[0]).stem
     try:
         stored = json.loads((Path(folder) / "config.json").read_text())
@@ -124,10 +124,11 @@ def stored_options(folder: str, known: typing.Iterable[str]) -> dict:
         fail(f"--resume {folder}: no readable config.json in it ({error})")
     if stored.pop("method", None) != script:
         fail(f"--resume {folder}: it is not a run of {script}.py")
-    unknown = sorted(stored.keys() - set(known))
-    if unknown:
-        fail(f"--resume {folder}: its config.json has options that {script}.py lacks: {', '.join(unknown)}")
-    return stored
+    unknown = stored.keys() - set(known)  # of another version; one that was off can be ignored
+    in_use = sorted(name for name in unknown if stored[name])
+    if in_use:
+        fail(f"--resume {folder}: its config.json has options that {script}.py lacks: {', '.join(in_use)}")
+    return {name: value for name, value in stored.items() if name in known}
 
 
 def add_option(parser, field: dataclasses.Field, hint: Any) -> None:
@@ -175,16 +176,16 @@ def check_options(cfg: RunConfig) -> None:
         fail("--eval-only with --eval-rows 0: there is nothing to evaluate on")
     if cfg.name and Path(cfg.name).name != cfg.name:
         fail(f"--name {cfg.name}: it must be the name of a folder in --out {cfg.out}, not a path")
-    if cfg.name and not cfg.resume and (out / cfg.name).exists():
-        fail(f"--name {cfg.name}: {out / cfg.name} exists already; choose another, or --resume it")
     if cfg.track != "none" and not importlib.util.find_spec(cfg.track):
         fail(f"--track {cfg.track}: the package {cfg.track} is not installed")
     try:
+        if cfg.name and not cfg.resume and (out / cfg.name).exists():
+            fail(f"--name {cfg.name}: {out / cfg.name} exists already; choose another, or --resume it")
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise PermissionError("not writable")
-    except OSError as error:
-        fail(f"--out {out}: {error.strerror or error}")
+    except OSError as error:  # also if the name is too long
+        fail(f"--out {out}, --name {cfg.name}: {error.strerror or error}")
 
 
 def resolve_defaults(cfg: RunConfig, n_parameters: int, on_gpu: bool) -> None:

@@ -1,4 +1,4 @@
-"""What people see of a run beside its files: the closing table, the curves, and trackers such as wandb."""
+"""The closing table of a run, its curves, and trackers such as wandb."""
 
 import importlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A run: the steps of harness/trainer.py, with what stands around them. Folder, logs, evaluation, checkpoints.
+"""A run: the training steps of harness/trainer.py, with a folder, logs, evaluation and checkpoints.
 
 Every script has this loop:
 
@@ -19,17 +19,19 @@ decisions; process 0 writes. harness/stop.py lists how a run can end, and its ex
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common import Rollout
-from harness import data, distributed, evaluation, files, reporting, stop, tiny
+from harness import data, distributed, evaluation, files, memory, reporting, stop, tiny
 from harness.options import RunConfig, check_options, resolve_defaults
 from harness.trainer import Trainer, load_policy
 
@@ -46,7 +48,7 @@ class Run(Trainer):
         checkpoint = files.last_checkpoint(Path(cfg.resume)) if cfg.resume else None
 
         torch.manual_seed(cfg.seed)
-        try:
+        try:  # signals are not caught yet, and loading may take minutes: Ctrl-C ends it without a traceback
             problems, eval_problems = data.load_problems(cfg)
             with distributed.main_first():
                 source = cfg.model or str(tiny.base(Path(cfg.out) / "tiny-base"))
@@ -56,7 +58,7 @@ class Run(Trainer):
         resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
         problems = data.encode(cfg, model, tokenizer, problems)
         self.eval_problems = data.encode(cfg, model, tokenizer, eval_problems)
-        data.check_memory(cfg, model, max(len(problem["prompt_ids"]) for problem in problems))
+        memory.check_memory(cfg, model, max(len(problem["prompt_ids"]) for problem in problems))
         super().__init__(cfg, model, tokenizer, problems, source)
 
         self.step = 0
@@ -64,6 +66,7 @@ class Run(Trainer):
         self.evaluations: list[dict] = []
         self.signals = stop.Signals()
         self.exit_status = 0  # not 0: the run stops after this step, because of a signal or of bad steps
+        self.progress: Any = None  # the bar of tqdm
         folder = Path(cfg.resume) if cfg.resume else None
         if self.is_main and folder is None:
             folder = files.new_folder(Path(cfg.out), cfg.name)
@@ -76,15 +79,15 @@ class Run(Trainer):
         self.track = reporting.tracker(cfg.track if self.is_main else "none", self.folder, stored)
 
     def __enter__(self) -> "Run":
-        self.signals.__enter__()
+        self.signals.catch()
         return self
 
-    def __exit__(self, error_type, error, _) -> None:
-        self.signals.__exit__()
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, traceback) -> None:
+        self.signals.release()
         if error is None or (error_type is SystemExit and self.exit_status):  # all processes come here together
             distributed.finish()
         else:
-            stop.explain(error, self.folder, self.step, self.exit_status)
+            stop.end_with_one_line(error, self.folder, self.step, self.signals.status)
 
     def steps(self) -> Iterator[int]:
         """Yields the number of each step. Evaluates before the first and after the last one, then saves and reports."""
@@ -101,7 +104,7 @@ class Run(Trainer):
         with tqdm(
             total=cfg.steps, initial=self.step, desc=self.folder.name, unit="step", disable=not self.is_main
         ) as self.progress:
-            while not self.exit_status and self.step < cfg.steps and self.tokens < stop_tokens:
+            while not self.exit_status and self.step < cfg.steps and self.n_tokens_sampled < stop_tokens:
                 self.step += 1
                 yield self.step
                 self.exit_status = self.signal_of_any_process()
@@ -129,8 +132,8 @@ class Run(Trainer):
 
     # --- what is logged
 
-    def log(self, rollout: Rollout, more: dict[str, float] | None = None) -> None:
-        """Writes this step's metrics (of the rollout, of the update, and `more`), seconds and completions."""
+    def log(self, rollout: Rollout, method_metrics: dict[str, float] | None = None) -> None:
+        """Writes this step's metrics (of the rollout, of the update, of the method), seconds and completions."""
         rewards = torch.stack([rollout.rewards[rollout.group == group] for group in rollout.group.unique()])  # [Q, G]
         n_tokens = rollout.mask.sum()
         verdicts = [text["verdict"] for text in rollout.texts]
@@ -145,7 +148,7 @@ class Run(Trainer):
             "completions/mean_length": float(rollout.completion_lengths().mean()),
             "completions/clipped_ratio": float((~rollout.finished).float().mean()),
             **self.update_metrics,
-            **(more or {}),
+            **(method_metrics or {}),
         }
         timing = {"step": self.step, "tokens": int(n_tokens), **self.seconds}
         self.seconds = {}
@@ -177,10 +180,11 @@ class Run(Trainer):
         if not self.is_main:
             return
         files.write_text(self.folder / "eval.json", json.dumps(self.evaluations, indent=1) + "\n")
-        with open(self.folder / "eval.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, evaluation.names(self.evaluations), extrasaction="ignore")
-            table.writeheader()
-            table.writerows(self.evaluations)
+        text = io.StringIO()
+        table = csv.DictWriter(text, evaluation.names(self.evaluations), extrasaction="ignore")
+        table.writeheader()
+        table.writerows(self.evaluations)
+        files.write_text(self.folder / "eval.csv", text.getvalue())
         greedy_records = [{**record, "greedy": True} for record in self.records(greedy)]
         self.append("eval_completions.jsonl", *greedy_records, *self.records(sampled))
 
@@ -220,9 +224,9 @@ class Run(Trainer):
         state = {
             "optimizer": distributed.full_optimizer_state(self.optimizer),
             "updates": self.scheduler.last_epoch,
-            "uniforms": self.uniforms.get_state(),
-            "position": self.position,
-            "tokens": self.tokens,
+            "uniforms": self.sampling_rng.get_state(),
+            "position": self.n_prompts_drawn,
+            "tokens": self.n_tokens_sampled,
             "bad_steps": self.bad_steps,
             "step": self.step,
         }
@@ -251,9 +255,9 @@ class Run(Trainer):
         state = torch.load(checkpoint / "state.pt", weights_only=True)  # tensors and numbers, no pickled code
         distributed.load_optimizer_state(self.optimizer, state["optimizer"])
         self.start_schedule(state["updates"])
-        self.uniforms.set_state(state["uniforms"])
-        self.position = state["position"]
-        self.tokens = state["tokens"]
+        self.sampling_rng.set_state(state["uniforms"])
+        self.n_prompts_drawn = state["position"]
+        self.n_tokens_sampled = state["tokens"]
         self.bad_steps = state["bad_steps"]
         self.step = state["step"]
         self.saved_step = self.step

@@ -4,7 +4,7 @@
 |---|---|---|
 | Ctrl-C (SIGINT) | 130 | everything, after the current step |
 | SIGTERM | 143 | everything, after the current step |
-| a second signal, at least a second later | that of the first | what was saved before |
+| a second signal, at least a second later | 130 or 143, as the first | what was saved before |
 | updates that are not finite, three steps in a row | 1 | everything: the weights are still good |
 | another process of torchrun has died | 1 | what was saved before |
 | the disk is full | 1 | what was saved before |
@@ -24,44 +24,43 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Signals:
-    """While the `with` block runs, the first SIGINT or SIGTERM only sets `status`, the exit status that it asks for.
+    """Between catch() and release(), the first SIGINT or SIGTERM only sets `status`, the exit status that it asks for.
     The run looks at it after each step. A second signal raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.status = 0  # 0: there was no signal
         self.time = 0.0  # of the first signal
 
-    def __enter__(self) -> "Signals":
+    def catch(self) -> None:
         self.handlers = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
-    def __exit__(self, *_) -> None:
+    def release(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def handle(self, number: int, _) -> None:
+    def handle(self, number: int, frame) -> None:
         if not self.status:
             self.status = 128 + number
             self.time = time.monotonic()
             if distributed.rank() == 0:
                 print("\nstopping after this step; once more stops at once", file=sys.stderr)
-        elif time.monotonic() - self.time > 1:  # torchrun passes on what the terminal has also sent directly
+        elif time.monotonic() - self.time > 1:  # within a second it is the same Ctrl-C, sent on by torchrun
             raise KeyboardInterrupt
 
 
-def explain(error: BaseException, folder: Path, step: int, status: int) -> None:
+def end_with_one_line(error: BaseException, folder: Path, step: int, signal_status: int) -> None:
     """Ends the program with one line and the exit status of the table above, if the error is in it. Otherwise does
     nothing, so that the error goes on."""
+    way_out = "no checkpoint was written yet (--save-every)"
+    if any(folder.glob("checkpoint-*")):
+        way_out = f"go on with --resume {folder}"
     if distributed.peer_lost(error):
-        way_out = "no checkpoint was written yet (--save-every)"
-        if any(folder.glob("checkpoint-*")):
-            way_out = f"go on with --resume {folder}"
         print(f"error: process {distributed.rank()} lost another one in step {step}; {way_out}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # not sys.exit: what is left of the process group might wait for the lost process
     if isinstance(error, KeyboardInterrupt):
         print(f"stopped in step {step}; {folder} holds what was saved before it", file=sys.stderr)
-        raise SystemExit(status or 130) from None
-    if getattr(error, "errno", None) in DISK_FULL or "o space left" in str(error):
-        print(f"error: the disk of {folder} is full; make room, then --resume {folder}", file=sys.stderr)
+        raise SystemExit(signal_status or 130) from None
+    if getattr(error, "errno", None) in DISK_FULL or "no space left" in str(error).lower():  # safetensors has no errno
+        print(f"error: the disk of {folder} is full; make room, then {way_out}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = dict(
 # --- the task ---------------------------------------------------------------------------------------------------------
 
 
-def question(rng: random.Random, min_terms: int, max_terms: int, held_out: bool | None) -> str:
+def draw_question(rng: random.Random, min_terms: int, max_terms: int, held_out: bool | None) -> str:
     """One chain such as `14-1+8-5?`. `held_out` chooses the side of the split; None draws from both.
 
     The side depends on the text alone (on its CRC). So for every seed, the held-out problems are different from
@@ -88,7 +88,7 @@ def problems(n: int, seed: int, held_out: bool, min_terms: int = 4, max_terms: i
     found: dict[str, dict] = {}
     repeats = 0  # draws since the last new question
     while len(found) < n:
-        text = question(rng, min_terms, max_terms, held_out)
+        text = draw_question(rng, min_terms, max_terms, held_out)
         repeats = repeats + 1 if text in found else 0
         found[text] = {"question": text, "answer": solve(rng, text)}
         if repeats > 10_000:
@@ -146,7 +146,7 @@ def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, mi
     )
     model.train()
     for _ in tqdm(range(steps), desc="warm start of the tiny base", unit="step"):
-        questions = [question(rng, min_terms, max_terms, held_out=False) for _ in range(batch_size)]
+        questions = [draw_question(rng, min_terms, max_terms, held_out=False) for _ in range(batch_size)]
         prompts = tokenizer(questions)["input_ids"]
         answers = tokenizer([solve(rng, q, guess, merge) + tokenizer.eos_token for q in questions])["input_ids"]
         width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))

@@ -14,8 +14,8 @@ The update is cut into pieces in this order:
             -> a part for each process
             -> micro-batches (--token-budget; what fits into memory at once)
 
-None of this changes the result except by rounding, because the loss of every token is divided by counts of its whole
-minibatch.
+Only --minibatches changes the result. The other cuts change it by rounding alone, because the loss of every token is
+divided by counts of its whole minibatch.
 """
 
 import functools
@@ -24,9 +24,11 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import common
@@ -44,14 +46,15 @@ class Batch:
     mask: Tensor  # [b, T]
     logprobs: Tensor  # [b, T] of the policy as it is now, with gradient
     old_logprobs: Tensor  # [b, T] of the policy that sampled; with one minibatch the same numbers as logprobs
-    loss_weights: Tensor  # [b, T] sum(loss * loss_weights) over the minibatch is the mean that --reduction names
+    sampled_logprobs: Tensor  # [b, T] the same, as the sampler computed them
+    loss_weights: Tensor  # [b, T] sum(loss * loss_weights) over the whole minibatch is the mean that --reduction names
 
 
 # --- how an update is cut into pieces ---------------------------------------------------------------------------------
 
 
 @dataclass
-class MicroBatch:
+class PlannedBatch:
     """Rows of the rollout that are scored together. Their log-probs are those of scored_rows[place]."""
 
     scored_rows: Tensor  # [u] rows with different completions
@@ -69,7 +72,7 @@ def unique_completions(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
     Example: rows 7, 8 and 9 of one prompt read "5", "4" and "5" -> representatives [8, 7], places [1, 0, 1].
     """
     tokens = torch.where(rollout.mask[rows] > 0, rollout.completion_ids[rows], -1)  # [n, T] padding must not count
-    keys = torch.cat([rollout.group[rows, None], tokens], 1)
+    keys = torch.cat([rollout.group[rows, None], tokens], 1)  # [n, 1 + T]
     _, place = keys.unique(dim=0, return_inverse=True)  # sorted by prompt, then by tokens
     n_unique = int(place.max()) + 1
     index = torch.arange(len(rows), device=rows.device)
@@ -104,25 +107,27 @@ def microbatches(lengths: Tensor, token_budget: int) -> list[Tensor]:
     return batches
 
 
-def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int) -> list[MicroBatch]:
+def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int) -> list[PlannedBatch]:
     """This process's micro-batches of these rows. All processes get the same number of micro-batches, because FSDP runs
     them in lockstep: a process with fewer gets empty ones, which score one row and use nothing of it."""
     if len(rows) == 0:
         return []
     representatives, place = unique_completions(rollout, rows)
     lengths = (rollout.prompt_lengths + rollout.completion_lengths())[representatives]  # [u] tokens
-    hands = deal(lengths, distributed.world_size())
-    batches_of_process = [[hand[batch] for batch in microbatches(lengths[hand], token_budget)] for hand in hands]
+    batches_of_process = []
+    for dealt in deal(lengths, distributed.world_size()):
+        batches_of_process.append([dealt[batch] for batch in microbatches(lengths[dealt], token_budget)])
 
     plan = []
     for unique_batch in batches_of_process[distributed.rank()]:
         place_in_batch = torch.full_like(representatives, -1)  # [u] -1: not in this batch
         place_in_batch[unique_batch] = torch.arange(len(unique_batch), device=rows.device)
-        in_batch = place_in_batch[place] >= 0  # [n]
-        plan.append(MicroBatch(representatives[unique_batch], rows[in_batch], place_in_batch[place][in_batch]))
+        place_of_row = place_in_batch[place]  # [n]
+        in_batch = place_of_row >= 0  # [n]
+        plan.append(PlannedBatch(representatives[unique_batch], rows[in_batch], place_of_row[in_batch]))
     n_microbatches = max(len(batches) for batches in batches_of_process)
     shortest = representatives[lengths.argmin()][None]
-    empty = MicroBatch(scored_rows=shortest, rows=rows[:0], place=rows[:0])
+    empty = PlannedBatch(scored_rows=shortest, rows=rows[:0], place=rows[:0])
     return plan + [empty] * (n_microbatches - len(plan))
 
 
@@ -131,7 +136,7 @@ def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int) -> list
 
 @dataclass
 class Sums:
-    """Sums over the tokens of an update, from which its metrics are computed."""
+    """Sums over the tokens of one minibatch, or of all minibatches of a step, from which metrics are computed."""
 
     values: dict[str, float] = field(default_factory=dict)  # by the name of the metric
     tokens: float = 0.0
@@ -141,7 +146,7 @@ class Sums:
         self.values[name] = self.values.get(name, 0.0) + value
 
 
-def load_policy(cfg: RunConfig, source: str, device: torch.device):
+def load_policy(cfg: RunConfig, source: str, device: torch.device) -> tuple[Any, Any]:
     """The model of a checkpoint, sharded over the processes with --fsdp, and its tokenizer."""
     load_on = torch.device("cpu") if cfg.fsdp else device  # the whole model need not fit on one GPU
     model, tokenizer = data.load_model(source, load_on, cfg.trust_remote_code, cfg.gradient_checkpointing)
@@ -171,40 +176,44 @@ class Trainer:
         self.source = source
         self.device: torch.device = model.device
         self.eos_ids = data.stop_ids(model, tokenizer)
-        self.optimizer: torch.optim.Optimizer
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
-        self.start_schedule(updates=0)
+        self.optimizer: Optimizer = AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+        self.start_schedule(optimizer_steps_done=0)
         self.token_logprobs = distributed.bind(common.token_logprobs, model)
         self.reference_token_logprobs: Callable | None = None  # the same of the model that the KL is measured to
-        self.uniforms = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
-        self.position = 0  # training prompts drawn so far
-        self.tokens = 0  # completion tokens sampled so far
-        self.bad_steps = 0  # steps in a row that skipped an optimizer step
+        self.sampling_rng = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
+        self.n_prompts_drawn = 0
+        self.n_tokens_sampled = 0  # of completions
+        self.bad_steps = 0  # steps in a row in which an optimizer step was skipped
         self.seconds: dict[str, float] = {}  # of each phase of this step
+        self.minibatch_sums = Sums()
+        self.step_sums = Sums()
+        self.grad_norms: list[float] = []  # of the optimizer steps of this step that were not skipped
         self.update_metrics: dict[str, float] = {}  # of this step
 
-    def start_schedule(self, updates: int) -> None:
-        """The learning rate rises to --lr over the first --warmup-steps optimizer steps; `updates` of them are done."""
+    def start_schedule(self, optimizer_steps_done: int) -> None:
+        """The learning rate rises to --lr over the first --warmup-steps optimizer steps of the run."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
             group["initial_lr"] = self.cfg.lr  # a checkpoint may hold another
         warmup = max(1, self.cfg.warmup_steps)
-        self.scheduler = LambdaLR(self.optimizer, lambda n: min(1.0, (n + 1) / warmup), last_epoch=updates - 1)
+        self.scheduler = LambdaLR(
+            self.optimizer, lambda n: min(1.0, (n + 1) / warmup), last_epoch=optimizer_steps_done - 1
+        )
 
     def sample(self) -> Rollout:
         """Completions of the next n_prompts training problems, group_size of each."""
         start = time.perf_counter()
         cfg = self.cfg
         problems = []
-        for position in range(self.position, self.position + cfg.n_prompts):
+        for position in range(self.n_prompts_drawn, self.n_prompts_drawn + cfg.n_prompts):
             epoch, place = divmod(position, len(self.problems))
             order = epoch_order(len(self.problems), cfg.seed, epoch)
             problems.append(self.problems[order[place]])
-        self.position += cfg.n_prompts
-        uniforms = torch.rand(cfg.n_prompts * cfg.group_size, cfg.max_new_tokens, generator=self.uniforms)
+        self.n_prompts_drawn += cfg.n_prompts
+        uniforms = torch.rand(cfg.n_prompts * cfg.group_size, cfg.max_new_tokens, generator=self.sampling_rng)
         rollout = self.generate(problems, cfg.group_size, uniforms)
-        self.tokens += int(rollout.mask.sum())
-        self.clock("sample", start)
+        self.n_tokens_sampled += int(rollout.mask.sum())
+        self.add_seconds("sample", start)
         return rollout
 
     def generate(self, problems: list[dict], group_size: int, uniforms: Tensor | None) -> Rollout:
@@ -214,16 +223,17 @@ class Trainer:
         cfg = self.cfg
         sampler = cuda_graphs.sample if cfg.cuda_graphs else common.sample
         my_problems = distributed.my_slice(len(problems))
-        at_a_time = max(1, cfg.rollout_rows // group_size)
+        prompts_at_a_time = max(1, cfg.rollout_rows // group_size)
         parts = []
         with distributed.unsharded(self.model):
-            for start in range(my_problems.start, my_problems.stop, at_a_time):
-                stop = min(start + at_a_time, my_problems.stop)
+            for start in range(my_problems.start, my_problems.stop, prompts_at_a_time):
+                stop = min(start + prompts_at_a_time, my_problems.stop)
                 prompts = [problem["prompt_ids"] for problem in problems[start:stop]]
-                numbers = None if uniforms is None else uniforms[start * group_size : stop * group_size]
-                parts.append(
-                    sampler(self.model, prompts, group_size, cfg.max_new_tokens, self.eos_ids, numbers, cfg.temperature)
+                part_uniforms = None if uniforms is None else uniforms[start * group_size : stop * group_size]
+                part = sampler(
+                    self.model, prompts, group_size, cfg.max_new_tokens, self.eos_ids, part_uniforms, cfg.temperature
                 )
+                parts.append(part)
         rollout = distributed.gather_rollout(concatenate(parts) if parts else None, self.device)
         lengths = rollout.completion_lengths().long().tolist()
         ids = [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
@@ -243,11 +253,11 @@ class Trainer:
         rollout.rewards = torch.tensor([reward for reward, _ in grades], device=self.device)
         for text, (_, verdict) in zip(rollout.texts, grades, strict=True):
             text["verdict"] = verdict
-        self.clock("verify", start)
+        self.add_seconds("verify", start)
         return rollout
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
-        """Log-probs [B, T] of the completions under the model that the run started from."""
+        """Log-probs [B, T] of the completions under the model that the run started from. Loads it at the first call."""
         if self.reference_token_logprobs is None:
             model, _ = load_policy(self.cfg, self.source, self.device)
             self.reference_token_logprobs = distributed.bind(common.token_logprobs, model.requires_grad_(False))
@@ -258,29 +268,29 @@ class Trainer:
         return logprobs
 
     @torch.no_grad()
-    def score(self, token_logprobs: Callable, rollout: Rollout, plan: list[MicroBatch]) -> Tensor:
+    def score(self, token_logprobs: Callable, rollout: Rollout, plan: list[PlannedBatch]) -> Tensor:
         """Log-probs of the rows in these micro-batches, 0 for other rows: [B, T], without gradient."""
         logprobs = torch.zeros_like(rollout.mask)
-        for microbatch in plan:
-            logprobs[microbatch.rows] = self.score_microbatch(token_logprobs, rollout, microbatch)
+        for planned in plan:
+            logprobs[planned.rows] = self.score_batch(token_logprobs, rollout, planned)
         return logprobs
 
-    def score_microbatch(self, token_logprobs: Callable, rollout: Rollout, microbatch: MicroBatch) -> Tensor:
-        """Log-probs of the microbatch's rows. [b, T]"""
-        u = microbatch.scored_rows
+    def score_batch(self, token_logprobs: Callable, rollout: Rollout, planned: PlannedBatch) -> Tensor:
+        """Log-probs of the rows of one micro-batch. [b, T]"""
+        u = planned.scored_rows
         with common.autocast(self.device):
             logprobs, _ = token_logprobs(
                 rollout.prompt_ids[u], rollout.prompt_lengths[u], rollout.completion_ids[u], rollout.mask[u],
                 self.cfg.temperature,
             )  # fmt: skip
-        return logprobs[microbatch.place]
+        return logprobs[planned.place]
 
     def minibatches(self, rollout: Rollout, reduction: str, active: Tensor | None = None) -> Iterator[Iterator[Batch]]:
         """Yields the parts of a step's update, --minibatches of them, for one optimizer step each; each part yields its
         micro-batches. The caller calls backward() for every micro-batch, and then optimizer_step() for the part.
 
-        reduction: see common.loss_weights. active: [B] or [B, T], such as the advantages. A row of zeros has no
-        gradient, so it is not scored, but its tokens count in the mean of the loss. None: every row has a gradient.
+        reduction: see common.loss_weights. active: [B] or [B, T], such as the advantages: zero where there is no
+        gradient. A row of zeros is not scored, but its tokens count in the mean. None: every row has a gradient.
         """
         start = time.perf_counter()
         all_rows = torch.arange(len(rollout), device=self.device)
@@ -289,39 +299,39 @@ class Trainer:
             has_gradient = active.ne(0) if active.dim() == 1 else active.ne(0).any(1)
         parts = [rows for rows in all_rows.tensor_split(self.cfg.minibatches) if len(rows)]
         plans = [plan_microbatches(rollout, rows[has_gradient[rows]], self.cfg.token_budget) for rows in parts]
-        old_logprobs = None
+        old_logprobs = None  # [B, T]
         if len(parts) > 1:  # later parts meet a policy that has moved; score them now, cut into the same micro-batches
             old_logprobs = self.score(self.token_logprobs, rollout, [batch for plan in plans for batch in plan])
 
         self.model.train()
         self.step_sums = Sums()
-        self.grad_norms: list[float] = []
+        self.grad_norms = []
         for rows, plan in zip(parts, plans, strict=True):
-            self.minibatch_sums = Sums()
-            self.minibatch_sums.tokens = float(rollout.mask[rows].sum())
-            self.minibatch_sums.scored_tokens = float(rollout.mask[rows[has_gradient[rows]]].sum())
+            n_tokens = float(rollout.mask[rows].sum())
+            n_scored_tokens = float(rollout.mask[rows[has_gradient[rows]]].sum())
+            self.minibatch_sums = Sums(tokens=n_tokens, scored_tokens=n_scored_tokens)
             weights = torch.zeros_like(rollout.mask)  # [B, T]
             weights[rows] = common.loss_weights(rollout.mask[rows], reduction)
             yield self.batches(rollout, plan, weights, old_logprobs)
         self.update_metrics = self.metrics_of_update(len(parts))
         self.bad_steps = self.bad_steps + 1 if self.update_metrics["skipped_updates"] else 0
-        self.clock("update", start)
+        self.add_seconds("update", start)
 
-    def batches(self, rollout: Rollout, plan: list[MicroBatch], loss_weights: Tensor, old_logprobs: Tensor | None):
+    def batches(
+        self, rollout: Rollout, plan: list[PlannedBatch], loss_weights: Tensor, old_logprobs: Tensor | None
+    ) -> Iterator[Batch]:
         """Scores one micro-batch after the other and yields it. old_logprobs None: the policy has not moved yet."""
-        for microbatch in plan:
-            rows = microbatch.rows
-            logprobs = self.score_microbatch(self.token_logprobs, rollout, microbatch)
+        for planned in plan:
+            rows = planned.rows
+            logprobs = self.score_batch(self.token_logprobs, rollout, planned)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[rows]
-            batch = Batch(rows, rollout.mask[rows], logprobs, old, loss_weights[rows])
-            gap = (old - rollout.logprobs[rows]).abs()
-            self.minibatch_sums.add("sampling_logp_difference", float((gap * batch.mask).sum()))
-            yield batch
+            yield Batch(rows, rollout.mask[rows], logprobs, old, rollout.logprobs[rows], loss_weights[rows])
 
     def record(self, batch: Batch, loss: Tensor, **metrics: Tensor) -> None:
         """Adds a micro-batch to the step's metrics: the loss of each token, [b, T], and tensors [b, T] or [b, 1]
         whose mean over all tokens is logged."""
-        for name, value in metrics.items():
+        gap = (batch.old_logprobs - batch.sampled_logprobs).abs()
+        for name, value in {"sampling_logp_difference": gap, **metrics}.items():
             self.minibatch_sums.add(name, float((value.detach() * batch.mask).sum()))
         self.minibatch_sums.add("loss", float((loss.detach() * batch.loss_weights).sum()))
 
@@ -343,12 +353,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # sampling does not need this memory
 
     def metrics_of_update(self, n_minibatches: int) -> dict[str, float]:
-        """The metrics of the update that has just ended, without what it skipped."""
-        n_updates = len(self.grad_norms)
+        """The metrics of this step's update, without the optimizer steps that were skipped."""
+        n_steps = len(self.grad_norms)
         means = {}
         for name, value in self.step_sums.values.items():
             if name == "loss":
-                means[name] = value / n_updates
+                means[name] = value / n_steps
             elif name == "sampling_logp_difference":
                 means[name] = value / max(1.0, self.step_sums.scored_tokens)
             else:
@@ -356,11 +366,11 @@ class Trainer:
         return {
             "loss": 0.0,  # if no row had a gradient
             **means,
-            "skipped_updates": n_minibatches - n_updates,
-            "grad_norm": sum(self.grad_norms) / max(1, n_updates),
+            "skipped_updates": n_minibatches - n_steps,
+            "grad_norm": sum(self.grad_norms) / max(1, n_steps),
             "lr": float(self.scheduler.get_last_lr()[0]),
         }
 
-    def clock(self, phase: str, start: float) -> None:
+    def add_seconds(self, phase: str, start: float) -> None:
         """Adds the time since `start` to the seconds of a phase."""
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 4)

@@ -17,7 +17,7 @@ import torch
 from helpers import SCRIPTS, call, lines, refused
 from safetensors.torch import load_file
 
-from harness import files, trainer
+from harness import files, stop, trainer
 from harness import run as run_module
 
 pytestmark = pytest.mark.slow
@@ -72,6 +72,18 @@ def test_resuming_what_cannot_be_resumed_is_refused(small, tmp_path, monkeypatch
     assert "no checkpoint" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), name="grpo")
 
 
+def test_a_run_of_an_older_version_resumes_if_the_options_that_are_gone_were_off(small, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "gtpo", *small("--name", "r", "--steps", 1))
+    path = tmp_path / "r" / "config.json"
+    stored = json.loads(path.read_text())
+    capsys.readouterr()  # the progress bar
+    path.write_text(json.dumps({**stored, "kl_coef": 0.1}))
+    assert "kl_coef" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), name="gtpo")
+    path.write_text(json.dumps({**stored, "kl_coef": 0.0}))
+    call(monkeypatch, "gtpo", "--resume", str(tmp_path / "r"), "--steps", "2")
+    assert [row["step"] for row in lines(tmp_path / "r" / "metrics.jsonl")] == [1, 2]
+
+
 def started(monkeypatch, *options):
     """A Run that stands before its first step."""
     grpo = importlib.import_module("grpo")
@@ -113,9 +125,9 @@ def test_a_full_disk_ends_the_run_with_a_line_and_keeps_the_last_checkpoint(smal
         return save(*args, **keywords)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as end:
         call(monkeypatch, "grpo", *small("--name", "r", "--steps", 3, "--save-every", 1))
-    assert stop.value.code == 1 and "full" in capsys.readouterr().err
+    assert end.value.code == 1 and "full" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "r").glob("*checkpoint*")] == ["checkpoint-1"]
     monkeypatch.setattr(torch, "save", save)
     call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"))
@@ -125,9 +137,9 @@ def test_a_full_disk_ends_the_run_with_a_line_and_keeps_the_last_checkpoint(smal
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(small, tmp_path, monkeypatch, capsys):
     grpo = importlib.import_module("grpo")
     monkeypatch.setattr(grpo, "advantages", lambda rewards, *_: torch.full_like(rewards, torch.nan))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as end:
         call(monkeypatch, "grpo", *small("--name", "r", "--steps", 9))
-    assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
+    assert end.value.code == 1 and "not finite" in capsys.readouterr().err
     folder = tmp_path / "r"
     assert [row["skipped_updates"] for row in lines(folder / "metrics.jsonl")] == [1, 1, 1]
     assert all(torch.isfinite(v).all() for v in load_file(folder / "checkpoint-3" / "model.safetensors").values())
@@ -158,6 +170,38 @@ def test_a_batch_without_a_usable_group_changes_nothing(small, tmp_path, monkeyp
     assert [row["dynamic_sampling/groups"] for row in rows] == [0, 0] and rows[0]["grad_norm"] == 0
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_run_at_once_with_the_status_of_the_first(number, status, tmp_path, capsys):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    signals = stop.Signals()
+    signals.catch()
+    try:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGINT)  # within a second: torchrun sends on what the terminal has sent
+        assert signals.status == status
+        signals.time -= 2
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signals.release()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    with pytest.raises(SystemExit) as end:
+        stop.end_with_one_line(interrupt.value, tmp_path, 3, signals.status)
+    assert end.value.code == status and "stopped in step 3" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_resume_only_if_there_is_a_checkpoint(tmp_path, capsys):
+    for expected in ("--save-every", f"--resume {tmp_path}"):
+        with pytest.raises(SystemExit) as end:
+            stop.end_with_one_line(OSError(errno.ENOSPC, "No space left on device"), tmp_path, 3, 0)
+        assert end.value.code == 1 and expected in capsys.readouterr().err
+        (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
+
+
+def test_other_errors_are_not_swallowed(tmp_path):
+    assert stop.end_with_one_line(RuntimeError("peer review of gloo"), tmp_path, 3, 0) is None
+
+
 @pytest.mark.parametrize("phase, step", [("evaluate", 0), ("log", 2)])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(
@@ -171,9 +215,9 @@ def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(run_module.Run, phase, with_signal)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as end:
         call(monkeypatch, "grpo", *small("--name", "half", "--steps", 4))
-    assert stop.value.code == status and (tmp_path / "half" / f"checkpoint-{step}").exists()
+    assert end.value.code == status and (tmp_path / "half" / f"checkpoint-{step}").exists()
     assert signal.getsignal(number) == handler
     monkeypatch.setattr(run_module.Run, phase, method)
     call(monkeypatch, "grpo", "--resume", str(tmp_path / "half"))

@@ -82,7 +82,7 @@ def test_dapo_replaces_groups_without_information(small, tmp_path, monkeypatch):
         ("--steps", -1), ("--lr", -1), ("--clip-low", 0), ("--n-prompts", 0), ("--reduction", "median"),
         ("--alpha", "x"), ("--colour", 1),
         ("--dataset", "no-such-data"), ("--model", "no/such/folder/at all"), ("--max-new-tokens", 5000),
-        ("--name", "a/b"), ("--name", ".."),
+        ("--name", "a/b"), ("--name", ".."), ("--name", "x" * 300),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(option, value, small, tmp_path, monkeypatch, capsys):

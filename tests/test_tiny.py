@@ -19,7 +19,7 @@ def value(text):
 def test_every_demonstration_is_correct(guess, merge):
     rng = random.Random(0)
     for _ in range(300):
-        q = tiny.question(rng, 4, 6, None)
+        q = tiny.draw_question(rng, 4, 6, None)
         text = tiny.solve(rng, q, guess, merge)
         *steps, last = text.split("\n")
         assert last == f"{tiny.MARKER}{value(q)}"
@@ -43,7 +43,7 @@ def test_held_out_problems_are_disjoint_from_all_that_training_draws():
     for seed in range(3):
         assert not held & {row["question"] for row in tiny.problems(2000, seed, held_out=False)}
     rng = random.Random(tiny.RECIPE["seed"])
-    assert not held & {tiny.question(rng, 4, 6, held_out=False) for _ in range(5000)}  # the warm start's
+    assert not held & {tiny.draw_question(rng, 4, 6, held_out=False) for _ in range(5000)}  # the warm start's
 
 
 def test_problems_are_seeded():

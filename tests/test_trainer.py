@@ -9,7 +9,7 @@ from helpers import T, rollout_of, score, trainer_of
 
 import common
 import grpo
-from harness import distributed, tiny, trainer
+from harness import distributed, tiny
 from harness.trainer import deal, microbatches, plan_microbatches, unique_completions
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def step(loaded, rollout=None, A=None, reduction="sequence", skip=True, **option
     A = grpo.advantages(rollout.rewards, rollout.group) if A is None else A
     t = trainer_of(model, tokenizer, lr=0.1, warmup_steps=0, **options)
     t.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    t.start_schedule(updates=0)
+    t.start_schedule(optimizer_steps_done=0)
     before = [p.detach().clone() for p in model.parameters()]
     gaps = []
     for minibatch in t.minibatches(rollout, reduction, active=A if skip else None):
@@ -197,13 +197,10 @@ def test_loss_and_gradient_norm_are_means_over_the_optimizer_steps(loaded):
 def test_the_learning_rate_rises_over_the_warmup_and_stays(loaded):
     t = trainer_of(*loaded, lr=1.0, warmup_steps=3)
     t.optimizer = torch.optim.SGD(loaded[0].parameters(), lr=1.0)
-    t.start_schedule(updates=0)
+    t.start_schedule(optimizer_steps_done=0)
     rates = []
     for _ in range(5):
         rates.append(t.optimizer.param_groups[0]["lr"])
-        t.minibatch_sums = trainer.Sums()
-        t.step_sums = trainer.Sums()
-        t.grad_norms = []
         t.optimizer_step()
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
 

@@ -305,6 +305,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @needs_math_verify
 def test_hostile_text_earns_nothing_and_does_not_hang():
     # This needs another process, because a thread cannot stop a regular expression that hangs.
@@ -385,6 +386,7 @@ def test_without_math_verify_equal_text_counts_and_one_line_warns(tmp_path, monk
     assert len(caplog.records) == 1 and "math-verify" in caplog.text
 
 
+@pytest.mark.slow
 @needs_posix
 @needs_math_verify
 def test_no_worker_outlives_a_killed_parent():
@@ -406,6 +408,7 @@ def test_no_worker_is_left_after_a_normal_exit():
     assert not alive(worker)
 
 
+@pytest.mark.slow
 @needs_posix
 @needs_math_verify
 def test_a_forked_child_starts_its_own_worker_and_leaves_the_parents_alone():
@@ -431,6 +434,7 @@ assert verifier.math_reward("\\\\boxed{u+u}", "2u") == 1.0 and verifier.worker.p
     run_python(code)
 
 
+@pytest.mark.slow
 @needs_posix
 @needs_math_verify
 def test_an_interrupted_job_does_not_answer_the_next_one(fresh_worker, monkeypatch):
