@@ -1,25 +1,31 @@
-"""A picture of credit: one group of completions, every token coloured by what each of the five methods gives it.
+"""A picture of credit: one group of completions, and what each of the five methods gives every token of it.
 
-    python experiments/credit.py                      the tiny base: runs/credit.png and runs/credit.html
+    python experiments/credit.py                      the tiny base: runs/credit.png
+    python experiments/credit.py --explorer           the page to play with, as docs/explorer.html: runs/credit.html
     python experiments/credit.py --model path/to/model --dataset rows.jsonl --out runs/after
-    python experiments/credit.py && cp runs/credit.png assets/          made the README's picture
 
 Credit is what multiplies grad log pi of a token on the first update, before the mean over tokens: token_advantages of
-each script, at its default options, over the batch that the first step of a run samples. The picture shows one prompt,
-the first one whose completions are nearest to half right. Blue pushes a token up, orange pushes it down, and all panels
-share one scale. The bar below a token is the entropy of the policy there. The PNG wraps long completions and says what
-it cuts. The page is one file that loads nothing; it has all of it, with the numbers on hover, tap or keyboard focus.
+each script, at its default options, over the batch that the first step of a run samples. Blue pushes a token up, orange
+pushes it down, and all methods share one scale. The bar beneath a token is the entropy of the policy there, and a fork
+is a token of at least FORK nats.
+
+The PNG shows one prompt, the first one whose completions are nearest to half right. It wraps long completions and says
+what it cuts. With --explorer the page explorer.html is filled with two prompts instead: that one and a harder one. The
+page is one file that loads nothing. It computes the credit itself, for the options that its reader chooses.
 
 Exit status: 0 done; 2 the options or the input are wrong, or no prompt has both right and wrong completions.
 """
 
 import argparse
 import dataclasses
+import importlib.util
+import inspect
 import io
 import json
 import os
 import sys
 import textwrap
+import typing
 import warnings
 from pathlib import Path
 
@@ -47,14 +53,7 @@ SAMPLING = [
     "n_prompts", "group_size", "max_new_tokens", "temperature", "seed",
 ]  # fmt: skip
 SCRIPTS = {"GRPO": grpo, "DAPO": dapo, "EGSW": egsw, "GTPO": gtpo, "GRPO-S": grpo_s}
-READING = {
-    "GRPO": "A_i: one number a completion",
-    "DAPO": "A_i, less for completions close to the length limit",
-    "EGSW": "w_it A_i: at each position, weight moves to right completions and to uncertain tokens",
-    "GTPO": "A_it: uncertain tokens of right answers gain, sure ones of wrong answers lose, each against its position",
-    "GRPO-S": "A_i: as GTPO, with the mean entropy of a completion",
-}
-MEANS = {"sequence": "each completion's tokens, then completions", "token": "all tokens", "constant": "a constant"}
+FORK = 0.35  # nats. A token of at least this entropy is called a fork; to choose by a fair coin has 0.69.
 
 
 def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
@@ -63,7 +62,8 @@ def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=title, usage=usage, allow_abbrev=False)
     parser.error = fail
     number = dict(type=bounded(int, at_least=1), metavar="INT")
-    parser.add_argument("--out", default="runs/credit", help="where to write, without .png and .html [%(default)s]")
+    parser.add_argument("--out", default="runs/credit", help="where to write, without .png or .html [%(default)s]")
+    parser.add_argument("--explorer", action="store_true", help="write the page to play with instead of the PNG")
     parser.add_argument("--rows", default=6, help="completions in the PNG, at most [%(default)s]", **number)
     parser.add_argument("--lines", default=2, help="lines of each in the PNG, at most [%(default)s]", **number)
     for f in dataclasses.fields(RunConfig):
@@ -71,6 +71,10 @@ def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
             add_option(parser, f, f.type)
     args = parser.parse_args(argv)
     return RunConfig(**{name: getattr(args, name) for name in SAMPLING}, eval_rows=0), args
+
+
+def model_name(cfg: RunConfig) -> str:
+    return cfg.model or "the tiny base"
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -96,11 +100,22 @@ def token_credit(rollout: Rollout, max_new_tokens: int) -> dict[str, Tensor]:
     return credit
 
 
-def choose(rewards: Tensor, group: Tensor) -> int | None:
-    """The first group whose share of right completions is nearest to a half; None if none has both. Two [B]."""
-    distance = {int(g): abs(float(rewards[group == g].mean()) - 0.5) for g in group.unique()}
-    nearest = min(distance, key=distance.get)
-    return nearest if distance[nearest] < 0.5 else None
+def choose(rewards: Tensor, group: Tensor, share: float = 0.5, without: int | None = None) -> int | None:
+    """The first group, other than `without`, whose share of right completions is nearest to this one. None if no other
+    group has both right and wrong ones. rewards, group: [B]."""
+    right = (rewards > 0.5).float()
+    shares = {int(g): float(right[group == g].mean()) for g in group.unique()}
+    distance = {g: abs(s - share) for g, s in shares.items() if 0 < s < 1 and g != without}
+    return min(distance, key=distance.__getitem__, default=None)
+
+
+def choose_or_fail(rollout: Rollout) -> int:
+    g = choose(rollout.rewards, rollout.group)
+    if g is None:
+        right = int((rollout.rewards > 0.5).sum())
+        fail(f"no prompt has both outcomes, {right} of {len(rollout)} completions are right: every credit is 0. "
+             "Give more --n-prompts, a larger --group-size or another --seed")  # fmt: skip
+    return g
 
 
 def visible(text: str, is_eos: bool) -> str:
@@ -111,60 +126,139 @@ def visible(text: str, is_eos: bool) -> str:
     return "".join(c if c.isprintable() else "�" for c in text.strip(" ") or "␣")
 
 
-def picture(rollout: Rollout, g: int, tokenizer, cfg: RunConfig) -> dict:
-    """Everything that is drawn of group g, which the page holds as JSON. Nats; right completions first."""
-    methods = token_credit(rollout, cfg.max_new_tokens)
+def rows_of(rollout: Rollout, g: int) -> list[int]:
+    """The rows of group g, right ones first."""
     rows = (rollout.group == g).nonzero().squeeze(1)
-    rows = rows[rollout.rewards[rows].argsort(descending=True, stable=True)].tolist()
-    drawn = []
-    for i in rows:
+    return rows[rollout.rewards[rows].argsort(descending=True, stable=True)].tolist()
+
+
+def prompt_content(rollout: Rollout, g: int, tokenizer) -> dict:
+    """The prompt of group g and its completions, right ones first, with the numbers of their tokens. Nats."""
+    completions = []
+    for i in rows_of(rollout, g):
         n, ended = int(rollout.mask[i].sum()), bool(rollout.finished[i])
         # one id at a time, so that each token has its own text: a character of several tokens shows as �
         text = [tokenizer.decode([k], skip_special_tokens=False) for k in rollout.completion_ids[i, :n].tolist()]
-        numbers = {"logprob": rollout.logprobs[i, :n], "entropy": rollout.entropy[i, :n]}
-        drawn.append({
-            "right": bool(rollout.rewards[i] > 0.5),
+        completions.append({
+            "reward": float(rollout.rewards[i]),
             "text": text,
             "shown": [visible(token, ended and t == n - 1) for t, token in enumerate(text)],
-            **{name: [round(x, 4) for x in values.tolist()] for name, values in numbers.items()},
-            "credit": {name: [round(x, 4) for x in A[i, :n].tolist()] for name, A in methods.items()},
+            "logprob": [round(x, 4) for x in rollout.logprobs[i, :n].tolist()],
+            "entropy": [round(x, 4) for x in rollout.entropy[i, :n].tolist()],
         })  # fmt: skip
+    row = rollout.texts[rows_of(rollout, g)[0]]
+    return {
+        "question": row["question"],
+        "answer": verifier.gold_answer(row["answer"]) if row.get("answer") else None,
+        "rows": completions,
+    }
+
+
+def picture(rollout: Rollout, g: int, tokenizer, cfg: RunConfig) -> dict:
+    """Everything that the PNG shows of group g."""
+    content = prompt_content(rollout, g, tokenizer)
+    methods = token_credit(rollout, cfg.max_new_tokens)
+    rows = rows_of(rollout, g)
+    for row, i in zip(content["rows"], rows, strict=True):
+        n = len(row["text"])
+        row["credit"] = {name: [round(x, 4) for x in A[i, :n].tolist()] for name, A in methods.items()}
     sizes = {name: float(A[rows].abs().max()) for name, A in methods.items()}
     return {
-        "question": rollout.texts[rows[0]]["question"],
-        "answer": verifier.gold_answer(rollout.texts[rows[0]]["answer"]),
-        "model": cfg.model or "the tiny base",
+        **content,
+        "model": model_name(cfg),
         "dataset": cfg.dataset,
         "prompt": f"prompt {g + 1} of {int(rollout.group.max()) + 1}",
-        "methods": [
-            {"name": name, "reading": READING[name], "mean": MEANS[script.Config().reduction]}
-            for name, script in SCRIPTS.items()
-        ],
         # The scale ends at twice GRPO's credit: darker than GRPO is more, paler is less. Some tokens of GTPO have ten
         # times GRPO's credit. If the scale went that far, all other tokens would look white.
         "limit": round(2 * sizes["GRPO"], 1),
         "largest": round(max(sizes.values()), 1),
-        "max_entropy": max(max(row["entropy"]) for row in drawn),
-        "rows": drawn,
+        "max_entropy": max(max(row["entropy"]) for row in content["rows"]),
     }
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(content: dict) -> str:
+def task_content(name: str, cfg: RunConfig) -> dict:
+    """A task of the page: two prompts of its first batch, the one nearest to half right and a harder one."""
+    rollout, tokenizer = sample(cfg)
+    first = choose_or_fail(rollout)
+    harder = choose(rollout.rewards, rollout.group, share=0.2, without=first)
+    groups = [first] if harder is None else [first, harder]
+    return {
+        "name": name,
+        "model": model_name(cfg),
+        "max_new_tokens": cfg.max_new_tokens,
+        "groups": [prompt_content(rollout, g, tokenizer) for g in groups],
+    }
+
+
+def choices_of(hint) -> list[str]:
+    """The words of a Literal; none for another type."""
+    return list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else []
+
+
+def method_options() -> dict[str, list[dict]]:
+    """For each script, the options that its token_advantages takes: in this order, with default, help and choices."""
+    options = {}
+    for script in SCRIPTS.values():
+        fields = {field.name: field for field in dataclasses.fields(script.Config)}
+        names = list(inspect.signature(script.token_advantages).parameters)[4:]  # after rewards, entropy, mask, group
+        options[script.__name__] = [
+            {
+                "name": name,
+                "default": fields[name].default,
+                "help": fields[name].metadata["help"],
+                "choices": choices_of(fields[name].type),
+            }
+            for name in names
+        ]
+    return options
+
+
+def page(tasks: list[dict]) -> str:
     """One HTML file. The content goes in as JSON without any "<", and the page's script writes it as text only."""
-    template = (Path(__file__).parent / "credit.html").read_text(encoding="utf-8")
-    return template.replace("{{content}}", json.dumps(content).replace("<", "\\u003c"))
+    content = {"tasks": tasks, "options": method_options(), "fork": FORK}
+    template = (Path(__file__).parent / "explorer.html").read_text(encoding="utf-8")
+    return template.replace("{{content}}", json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 # --- the PNG ----------------------------------------------------------------------------------------------------------
 
-# The colours of the page's light scheme. Black text is readable on all colours between them.
-ORANGE, WHITE, BLUE, INK, GREY = "#f08030", "#ffffff", "#4a94e0", "#16181d", "#5b616b"
-CHARACTER, PADDING, LINE, LABEL, MARGIN = 0.075, 0.05, 7.0, 0.78, 0.15  # inches; LINE is where completions wrap
+# The colours of the page's light scheme.
+ORANGE, WHITE, BLUE, INK, GREY = "#d8600c", "#f0efec", "#1763b8", "#1b1d22", "#62666f"
+FORK_COLOUR, FORK_PALE, BAR_COLOUR, RULE = "#6d3bbd", "#ece3fb", "#b4b7be", "#e3e1dc"
 FONTS = ["DejaVu Sans Mono", "DejaVu Sans"]  # matplotlib brings both; the second has glyphs that the first lacks
-DPI, CELL, BAR, GAP = 150, 0.165, 0.075, 0.02  # heights of a token, of its entropy bar, and between lines, in inches
+DPI = 150
+# Sizes in inches. A completion is wrapped at WIDEST.
+CHARACTER, PADDING, WIDEST, LABEL, MARGIN, TOP = 0.078, 0.055, 8.2, 1.05, 0.2, 1.3
+GLYPH, BAR, CREDIT, GAP = 0.17, 0.21, 0.115, 0.13  # heights of a token, of its entropy bar, of a credit, of a gap
+
+
+def rows_to_draw(content: dict, max_rows: int) -> tuple[list[dict], list[dict]]:
+    """At most max_rows completions, right and wrong ones, about half of each if there are enough."""
+    right = [row for row in content["rows"] if row["reward"] > 0.5]
+    wrong = [row for row in content["rows"] if row["reward"] <= 0.5]
+    n_right = min(len(right), max(max_rows - len(wrong), (max_rows + 1) // 2))
+    return right[:n_right], wrong[: max_rows - n_right]
+
+
+def shorten(token: str) -> str:
+    return token if len(token) <= 14 else token[:13] + "…"
+
+
+def columns(rows: list[dict]) -> list[tuple[int, float, float]]:
+    """Where the tokens at each position are drawn, in all rows: (line, x, width). All tokens at one are as wide."""
+    places = []
+    line, x = 0, 0.0
+    for t in range(max(len(row["shown"]) for row in rows)):
+        longest = max(len(shorten(row["shown"][t])) for row in rows if t < len(row["shown"]))
+        width = longest * CHARACTER + PADDING
+        if x and x + width > WIDEST:
+            line, x = line + 1, 0.0
+        places.append((line, x, width))
+        x += width
+    return places
 
 
 def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
@@ -176,34 +270,29 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from PIL import Image
 
-    colour = LinearSegmentedColormap.from_list("credit", [ORANGE, WHITE, BLUE])
-    limit, entropy = content["limit"], content["max_entropy"]
-    scale = Normalize(-limit, limit, clip=True)
-    right, wrong = ([row for row in content["rows"] if row["right"] is side] for side in (True, False))
-    n_right = min(len(right), max(max_rows - len(wrong), (max_rows + 1) // 2))
-    rows = right[:n_right] + wrong[: max_rows - n_right]
+    right, wrong = rows_to_draw(content, max_rows)
+    places = [place for place in columns(right + wrong) if place[0] < max_lines]
+    width = LABEL + max(x + width for _, x, width in places)
+    line_height = GLYPH + BAR + len(SCRIPTS) * CREDIT + GAP
+    side_by_side = 2 * width + 2 * MARGIN < WIDEST + LABEL  # short completions: right ones left, wrong ones right
 
-    def layout(row: dict) -> list[tuple[float, int, float, str]]:  # x, line, width and text of each token
-        x, line, cells = 0.0, 0, []
-        for text in row["shown"]:
-            text = text if len(text) <= 14 else text[:13] + "…"
-            width = len(text) * CHARACTER + PADDING
-            if x and x + width > LINE:
-                x, line = 0.0, line + 1
-            if line == max_lines:
-                break
-            cells.append((x, line, width, text))
-            x += width
-        return cells
+    def height(row: dict) -> float:
+        last = min(len(row["shown"]), len(places)) - 1
+        return (places[last][0] + 1) * line_height
 
-    cells = [layout(row) for row in rows]
-    heights = [(row[-1][1] + 1) * (CELL + BAR + GAP) + 0.04 for row in cells]
-    wide = max(6.2, max(x + width for row in cells for x, _, width, _ in row)) + LABEL + 0.55 + 2 * MARGIN
-    top, panel = 1.32, 0.36 + sum(heights)
-    tall = top + panel * len(content["methods"]) + 0.12
-    figure = pyplot.figure(figsize=(wide, tall), dpi=DPI, facecolor=WHITE)
+    if side_by_side:
+        tall = TOP + max(sum(map(height, right)), sum(map(height, wrong)))
+        wide = 2 * width + 4 * MARGIN
+    else:
+        tall = TOP + sum(map(height, right + wrong))
+        wide = width + 2 * MARGIN
+    wide = max(wide, 7.0)
+
+    figure = pyplot.figure(figsize=(wide, tall), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, wide), ylim=(tall, 0))  # one unit is one inch
     axes.axis("off")
+    colour = LinearSegmentedColormap.from_list("credit", [ORANGE, WHITE, BLUE])
+    scale = Normalize(-content["limit"], content["limit"], clip=True)
 
     def write(x, y, text, size=8.5, **how):  # parse_math: a token may hold dollar signs
         axes.text(x, y, text, fontsize=size, va="center", parse_math=False, **{"color": INK, **how})
@@ -211,51 +300,68 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
     def box(x, y, width, height, face):
         axes.add_patch(pyplot.Rectangle((x, y), width, height, facecolor=face, edgecolor="none", antialiased=False))
 
-    def short(text):
-        return textwrap.shorten(text, int(wide * 11), placeholder=" …")
+    def draw_header() -> None:
+        n_right = sum(row["reward"] > 0.5 for row in content["rows"])
+        n_drawn = len(right) + len(wrong)
+        drawn = f", {n_drawn} drawn" if n_drawn < len(content["rows"]) else ""
+        where = (
+            f"{n_right} of {len(content['rows'])} completions right{drawn}; {content['prompt']} of {content['dataset']}"
+        )
+        characters = int((wide - 2 * MARGIN) * 12)
+        answer = f"   (answer: {content['answer']})" if content["answer"] else ""
+        write(MARGIN, 0.22, "Credit: what multiplies the gradient of each token's log-prob", 12, weight="bold")
+        write(MARGIN, 0.47, textwrap.shorten(content["question"] + answer, characters, placeholder=" …"), 9.5)
+        write(MARGIN, 0.66, textwrap.shorten(f"{where}; {content['model']}", characters, placeholder=" …"), color=GREY)
+        steps, bar, start = 90, 1.4, MARGIN + 0.3
+        for k in range(steps):
+            box(start + k * bar / steps, 0.84, bar / steps * 1.05, 0.13, colour(k / (steps - 1)))
+        write(MARGIN, 0.905, f"−{content['limit']:g}", 8)
+        write(start + bar + 0.08, 0.905, f"+{content['limit']:g}  credit, largest {content['largest']:.1f}", 8)
+        write(MARGIN, 1.1, "⏎ newline   ␣ blank   ∎ end of sequence", 8, color=GREY)
+        x = MARGIN + 3.9
+        box(x, 0.84, 0.13, 0.13, FORK_COLOUR)
+        write(x + 0.2, 0.905, f"fork: entropy of at least {FORK:g} nats", 8)
+        box(x, 1.1, 0.13, 0.06, BAR_COLOUR)
+        write(x + 0.2, 1.1, f"entropy, full height {content['max_entropy']:.2g} nats", 8)
 
-    count = f"{len(right)} of {len(content['rows'])} completions right"
-    drawn = f", {len(rows)} drawn" if len(rows) < len(content["rows"]) else ""
-    write(MARGIN, 0.2, "Credit: what multiplies the gradient of each token's log-prob", 12, weight="bold")
-    write(MARGIN, 0.44, short(f"{content['question']}   (answer: {content['answer']})"), 9)
-    where = f"{count}{drawn}; {content['prompt']} of {content['dataset']}; {content['model']}"
-    write(MARGIN, 0.63, short(where), 8.5, color=GREY)
-    steps, bar = 90, 1.8
-    for k in range(steps):
-        box(MARGIN + 0.75 + k * bar / steps, 0.8, bar / steps * 1.05, 0.16, colour(k / (steps - 1)))
-    for x, text in ((0, f"−{limit:g}"), (0.5, "0"), (1, f"+{limit:g}")):
-        write(MARGIN + 0.75 + x * bar, 1.06, text, 8, ha="center")
-    write(MARGIN, 0.88, "credit", 8.5)
-    write(MARGIN + 0.75 + bar + 0.12, 0.88, f"largest {content['largest']:.1f}", 8, color=GREY)
-    x = MARGIN + 3.75
-    box(x, 0.95 - BAR, 0.125, BAR, GREY)
-    box(x, 0.95, 0.125, 1 / DPI, GREY)
-    write(x + 0.2, 0.88, f"entropy, full height {entropy:.2g} nats", 8.5)
-    write(x, 1.06, "⏎ newline   ␣ blank   ∎ end of sequence", 8.5)
+    def draw_completion(row: dict, left: float, top: float) -> None:
+        axes.plot([left, left + width], [top - 0.04] * 2, color=RULE, linewidth=0.8)
+        is_right = row["reward"] > 0.5
+        write(left, top + GLYPH / 2, "✓ right" if is_right else "✗ wrong", 8.5, weight="bold")
+        for k, (name, values) in enumerate(row["credit"].items()):
+            y = top + GLYPH + BAR + (k + 0.5) * CREDIT
+            mean = f"{sum(values) / len(values):+.2f}".replace("-", "−")
+            write(left, y, name, 7)
+            write(left + LABEL - 0.12, y, mean, 7, ha="right", color=GREY)
+        for t, (line, x, cell) in enumerate(places[: len(row["shown"])]):
+            at = left + LABEL + x
+            y = top + line * line_height
+            h = row["entropy"][t]
+            is_fork = h >= FORK
+            if is_fork:
+                box(at, y, cell - 0.012, GLYPH, FORK_PALE)
+            how = {"weight": "bold", "color": FORK_COLOUR} if is_fork else {}
+            write(at + cell / 2 - 0.006, y + GLYPH / 2, shorten(row["shown"][t]), 8.5, ha="center", family=FONTS, **how)
+            bar = (BAR - 0.05) * h / content["max_entropy"]
+            box(at, y + GLYPH + BAR - 0.02 - bar, cell - 0.012, bar, FORK_COLOUR if is_fork else BAR_COLOUR)
+            box(at, y + GLYPH + BAR - 0.02, cell, 1 / DPI, RULE)
+            for k, values in enumerate(row["credit"].values()):
+                box(at, y + GLYPH + BAR + k * CREDIT, cell - 0.012, CREDIT - 0.012, colour(scale(values[t])))
+        if len(row["shown"]) > len(places):
+            line, x, cell = places[-1]
+            y = top + line * line_height + GLYPH / 2
+            write(left + LABEL + x + cell, y, f"+{len(row['shown']) - len(places)}", 7, color=GREY)
 
-    y = top
-    for method in content["methods"]:
-        axes.plot([MARGIN, wide - MARGIN], [y - 0.08] * 2, color="#d5d8dd", linewidth=0.8)
-        write(MARGIN, y + 0.1, method["name"], 10.5, weight="bold")
-        write(MARGIN + LABEL, y + 0.1, method["reading"], 8.5, color=GREY)
-        write(wide - MARGIN, y + 0.1, "mean", 8, color=GREY, ha="right")
-        y += 0.26
-        for row, places, height in zip(rows, cells, heights, strict=True):
-            values, n = row["credit"][method["name"]], len(row["shown"])
-            write(MARGIN, y + CELL / 2, "✓ right" if row["right"] else "✗ wrong")
-            write(wide - MARGIN, y + CELL / 2, f"{sum(values) / n:+.2f}".replace("-", "−"), ha="right")
-            for (x, line, width, text), value, h in zip(places, values, row["entropy"], strict=False):
-                x, at = MARGIN + LABEL + x, y + line * (CELL + BAR + GAP)
-                box(x, at, width - 0.012, CELL, colour(scale(value)))
-                write(x + width / 2 - 0.006, at + CELL / 2, text, ha="center", family=FONTS)
-                box(x, at + CELL + BAR, width - 0.012, 1 / DPI, "#c4c8ce")
-                box(x, at + CELL + BAR * (1 - h / entropy), width - 0.012, BAR * h / entropy, GREY)
-            if n > len(places):
-                x, line, width, _ = places[-1]
-                at = y + line * (CELL + BAR + GAP) + CELL / 2
-                write(MARGIN + LABEL + x + width + 0.04, at, f"+{n - len(places)}", 7.5, color=GREY)
-            y += height
-        y += 0.1
+    draw_header()
+    top = {"right": TOP, "wrong": TOP}
+    for row in right:
+        draw_completion(row, MARGIN, top["right"])
+        top["right"] += height(row)
+    if not side_by_side:
+        top["wrong"] = top["right"]
+    for row in wrong:
+        draw_completion(row, MARGIN + (width + 2 * MARGIN) * side_by_side, top["wrong"])
+        top["wrong"] += height(row)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # it is drawn as a box, and the page has the text
         figure.savefig(buffer := io.BytesIO())
@@ -266,29 +372,23 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg, args = parse(argv)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if not args.explorer and not importlib.util.find_spec("matplotlib"):
         fail("the picture is drawn with matplotlib: pip install matplotlib")
+    suffix = ".html" if args.explorer else ".png"
     out = Path(args.out)
-    out = out.with_suffix("") if out.suffix in (".png", ".html") else out
+    out = out if out.suffix == suffix else out.with_name(out.name + suffix)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(out.parent, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror or error}")
-    rollout, tokenizer = sample(cfg)
-    g = choose(rollout.rewards, rollout.group)
-    if g is None:
-        right = int((rollout.rewards > 0.5).sum())
-        fail(f"no prompt has both outcomes, {right} of {len(rollout)} completions are right: every credit is 0. "
-             "Give more --n-prompts, a larger --group-size or another --seed")  # fmt: skip
-    content = picture(rollout, g, tokenizer, cfg)
-    png, html = (out.with_name(out.name + suffix) for suffix in (".png", ".html"))
-    draw(png, content, args.rows, args.lines)
-    html.write_text(page(content), encoding="utf-8")
-    print(f"{png} and {html}")
+    if args.explorer:
+        out.write_text(page([task_content(cfg.dataset, cfg)]), encoding="utf-8")
+    else:
+        rollout, tokenizer = sample(cfg)
+        draw(out, picture(rollout, choose_or_fail(rollout), tokenizer, cfg), args.rows, args.lines)
+    print(out)
 
 
 if __name__ == "__main__":
