@@ -1,8 +1,8 @@
 """The model to train, and the problems to ask it.
 
-A problem is {"question", "answer"}. Its answer is what verifier.gold_answer reads: GSM8K's text with `####`, a MATH
-solution with \\boxed{}, or the bare answer. transformers and `datasets` do the loading; they are imported where they
-are used.
+A problem is {"question", "answer", "row"}. Its answer is what verifier.gold_answer reads: GSM8K's text with `####`, a
+MATH solution with \\boxed{}, or the bare answer. Its row is the whole row of the data set, which a --reward function
+gets. transformers and `datasets` do the loading; they are imported where they are used.
 """
 
 import math
@@ -115,19 +115,20 @@ def load_problems(cfg: RunConfig) -> tuple[list[dict], list[dict]]:
 
 def training_problems(cfg: RunConfig) -> list[dict]:
     if cfg.dataset == "arithmetic":
-        return tiny.problems(8192, cfg.seed, held_out=False)
+        return [{**problem, "row": problem} for problem in tiny.problems(8192, cfg.seed, held_out=False)]
     flag = f"--dataset {cfg.dataset}"
     rows = open_dataset(flag, cfg.dataset, cfg.dataset_config, cfg.train_split)
     if rows is None:
         fail(f"{flag}: no split {cfg.train_split!r}; name one with --train-split")
-    return shuffled(usable(flag, read_columns(flag, rows, cfg.question_column, cfg.answer_column)))
+    problems = read_columns(flag, rows, cfg.question_column, cfg.answer_column, with_answer=not cfg.reward)
+    return shuffled(usable(flag, problems, with_answer=not cfg.reward))
 
 
 def evaluation_problems(cfg: RunConfig) -> list[dict] | None:
     """The problems of --eval-dataset, or else of the --eval-split of --dataset; None if there is no such split."""
     name = cfg.eval_dataset or cfg.dataset
     if name == "arithmetic":
-        return tiny.problems(cfg.eval_rows, 0, held_out=True)
+        return [{**problem, "row": problem} for problem in tiny.problems(cfg.eval_rows, 0, held_out=True)]
     if not cfg.eval_dataset and Path(cfg.dataset).is_file():
         return None  # a file has no splits
     config = None if cfg.eval_dataset else cfg.dataset_config
@@ -143,7 +144,8 @@ def evaluation_problems(cfg: RunConfig) -> list[dict] | None:
     if cfg.eval_dataset:  # the named columns are those of --dataset; this one may have others
         question_column = question_column if question_column in rows.column_names else None
         answer_column = answer_column if answer_column in rows.column_names else None
-    return shuffled(usable(flag, read_columns(flag, rows, question_column, answer_column)))
+    problems = read_columns(flag, rows, question_column, answer_column, with_answer=not cfg.reward)
+    return shuffled(usable(flag, problems, with_answer=not cfg.reward))
 
 
 def without_overlap(cfg: RunConfig, train: list[dict], eval_problems: list[dict]) -> list[dict]:
@@ -198,9 +200,12 @@ def is_blank(path: Path) -> bool:
         return all(not line.strip() for line in file)
 
 
-def read_columns(flag: str, rows, question_column: str | None, answer_column: str | None) -> list[dict]:
+def read_columns(
+    flag: str, rows, question_column: str | None, answer_column: str | None, with_answer: bool
+) -> list[dict]:
     """The problems in the rows of a data set. Without given columns, those with the usual names. A row without question
-    or answer is refused."""
+    is refused, and `with_answer` one without answer. A --reward function may need none: then the answer can be "".
+    """
     if len(rows) == 0:
         fail(f"{flag}: it is empty")
     columns = rows.column_names
@@ -208,7 +213,7 @@ def read_columns(flag: str, rows, question_column: str | None, answer_column: st
     answer_column = answer_column or next((name for name in ANSWER_COLUMNS if name in columns), None)
     if question_column not in columns:
         fail(f"{flag}: name one of its columns ({', '.join(columns)}) with --question-column")
-    if answer_column not in columns:
+    if answer_column not in columns and (with_answer or answer_column):
         fail(f"{flag}: name one of its columns ({', '.join(columns)}) with --answer-column")
     problems = []
     for number, row in enumerate(rows, 1):
@@ -216,24 +221,26 @@ def read_columns(flag: str, rows, question_column: str | None, answer_column: st
         if isinstance(question, list):  # a chat: its last user turn
             turns = [turn for turn in question if isinstance(turn, dict) and turn.get("role") == "user"]
             question = turns[-1].get("content") if turns else None
-        answer = row[answer_column]
+        answer = row[answer_column] if answer_column else None
         if isinstance(answer, dict):
             answer = answer.get("ground_truth")
-        if answer is None:
+        if answer is None and with_answer:
             fail(f"{flag}, line {number}: no answer in its column")
         if question is None or not str(question).strip():
             fail(f"{flag}, line {number}: no question in its column")
-        problems.append({"question": str(question), "answer": str(answer)})
+        problems.append({"question": str(question), "answer": "" if answer is None else str(answer), "row": row})
     return problems
 
 
-def usable(flag: str, problems: list[dict]) -> list[dict]:
-    """Each question once, and only answers that verify against themselves. Prints what was dropped."""
+def usable(flag: str, problems: list[dict], with_answer: bool) -> list[dict]:
+    """Each question once and, `with_answer`, only answers that verify against themselves. Prints what was dropped."""
     by_question = {problem["question"]: problem for problem in problems}
     unique = list(by_question.values())
     if len(unique) < len(problems):
         dropped = len(problems) - len(unique)
         print(f"{flag}: {dropped} of {len(problems)} rows dropped: a later row has the same question")
+    if not with_answer:
+        return unique
     verdicts = [verifier.verifiable(problem["answer"]) for problem in unique]
     good = [problem for problem, is_good in zip(unique, verdicts, strict=True) if is_good]
     bad = [problem for problem, is_good in zip(unique, verdicts, strict=True) if not is_good]

@@ -16,10 +16,11 @@ from typing import Any, Literal, NoReturn, TypeVar
 C = TypeVar("C")
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit status 2: for mistakes that the user can correct."""
+def fail(message: str, details: str = "") -> NoReturn:
+    """Ends the program with one line on stderr and exit status 2: for mistakes that the user can correct. details, such
+    as the traceback of the user's own code, stand below the line."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a torchrun come here; one line is enough
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}\n{details}".rstrip(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -52,6 +53,10 @@ class RunConfig:
         "Reason step by step, and put your final answer within \\boxed{}.", "system turn of a chat; '': none"
     )
     prompt_template: str = option("Question: {question}\nAnswer:", "prompt of a model without a chat template")
+    reward: str | None = option(
+        None, "FILE.py:FUNCTION, a reward of your own (completion, row) -> float; above 0.5 counts as right in gtpo, "
+        "grpo_s and the evaluation; if not given: the math verifier"
+    )  # fmt: skip
     max_prompt_tokens: int = option(1024, "longer prompts are dropped", at_least=1)
 
     n_prompts: int = option(32, "Q, prompts per step", at_least=1)

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from common import Rollout
-from harness import data, distributed, evaluation, files, memory, reporting, stop, tiny
+from harness import data, distributed, evaluation, files, health, memory, reporting, rewards, stop, tiny
 from harness.options import RunConfig, check_options, resolve_defaults
 from harness.trainer import Trainer, load_policy
 
@@ -44,6 +44,7 @@ class Run(Trainer):
     def __init__(self, cfg: RunConfig):
         device = distributed.start()
         self.is_main = distributed.rank() == 0
+        rewards.load(cfg.reward)  # fails if it cannot be used, before anything is loaded or written
         check_options(cfg)
         checkpoint = files.last_checkpoint(Path(cfg.resume)) if cfg.resume else None
 
@@ -64,6 +65,7 @@ class Run(Trainer):
         self.step = 0
         self.saved_step = -1  # of the last checkpoint
         self.evaluations: list[dict] = []
+        self.history: list[dict] = []  # the metrics of every step
         self.signals = stop.Signals()
         self.exit_status = 0  # not 0: the run stops after this step, because of a signal or of bad steps
         self.progress: Any = None  # the bar of tqdm
@@ -150,6 +152,10 @@ class Run(Trainer):
             **self.update_metrics,
             **(method_metrics or {}),
         }
+        self.history.append(metrics)
+        for name, warning in health.find(self.history).items():
+            metrics[f"warning/{name}"] = 1.0
+            self.say(f"\nwarning: {warning}")
         timing = {"step": self.step, "tokens": int(n_tokens), **self.seconds}
         self.seconds = {}
         if self.device.type == "cuda":
@@ -175,6 +181,8 @@ class Run(Trainer):
         sampled = self.verify(self.generate(self.eval_problems, k, uniforms))
         self.seconds = {}  # of training alone
         result = {"step": self.step, **evaluation.evaluate(greedy, sampled, k)}
+        if self.cfg.reward:
+            result["reward"] = float(sampled.rewards.mean())  # mean@k only says how many are above 0.5
         earlier = [other for other in self.evaluations if other["step"] != self.step]
         self.evaluations = [*earlier, result]
         if not self.is_main:
@@ -199,10 +207,11 @@ class Run(Trainer):
         """What completions.jsonl says about every stride-th completion."""
         rewards = rollout.rewards.tolist()
         finished = rollout.finished.tolist()
-        return [
-            {"step": self.step, **rollout.texts[i], "reward": rewards[i], "truncated": not finished[i]}
-            for i in range(0, len(rollout), stride)
-        ]
+        records = []
+        for i in range(0, len(rollout), stride):
+            text = {name: value for name, value in rollout.texts[i].items() if name != "row"}
+            records.append({"step": self.step, **text, "reward": rewards[i], "truncated": not finished[i]})
+        return records
 
     def append(self, name: str, *records: dict) -> None:
         """Appends records to a JSON Lines file. It is opened and closed each time, so what is logged is on disk."""
@@ -263,6 +272,8 @@ class Run(Trainer):
         self.saved_step = self.step
         if self.is_main:
             files.cut_back(self.folder, self.step)
+            if (self.folder / "metrics.jsonl").exists():
+                self.history = files.read_lines(self.folder / "metrics.jsonl")
         if (self.folder / "eval.json").exists():
             stored = json.loads((self.folder / "eval.json").read_text())
             self.evaluations = [result for result in stored if result["step"] <= self.step]

@@ -9,6 +9,7 @@
 | another process of torchrun has died | 1 | what was saved before |
 | the disk is full | 1 | what was saved before |
 | wrong options or input | 2 | nothing: the run has not begun |
+| the --reward function has failed | 2 | what was saved before |
 """
 
 import errno
@@ -19,6 +20,8 @@ import time
 from pathlib import Path
 
 from harness import distributed
+from harness.options import fail
+from harness.rewards import RewardError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -58,6 +61,9 @@ def end_with_one_line(error: BaseException, folder: Path, step: int, signal_stat
         print(f"error: process {distributed.rank()} lost another one in step {step}; {way_out}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # not sys.exit: what is left of the process group might wait for the lost process
+    if isinstance(error, RewardError):
+        message, details = error.args
+        fail(f"{message}; {way_out}", details)
     if isinstance(error, KeyboardInterrupt):
         print(f"stopped in step {step}; {folder} holds what was saved before it", file=sys.stderr)
         raise SystemExit(signal_status or 130) from None

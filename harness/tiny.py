@@ -9,7 +9,8 @@ terms in one step, some state the answer at once. Every demonstration is correct
 reliable at the single steps. So the base *can* solve the task and often *does not*: RL teaches it to write the steps
 out.
 
-`base(path)` returns a folder that AutoModelForCausalLM and AutoTokenizer load like any other checkpoint.
+`base(path)` returns a folder that AutoModelForCausalLM and AutoTokenizer load like any other checkpoint. The lower half
+of this file builds such a base for any task that has demonstrations (tasks/countdown.py uses it too).
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import math
 import random
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +98,43 @@ def problems(n: int, seed: int, held_out: bool, min_terms: int = 4, max_terms: i
     return list(found.values())
 
 
-# --- the base model ---------------------------------------------------------------------------------------------------
+def demonstrations(
+    rng: random.Random, n: int, guess: float, merge: float, min_terms: int, max_terms: int
+) -> tuple[list[str], list[str]]:
+    """n questions of the training side, and a solution of each in one of the three habits."""
+    questions = [draw_question(rng, min_terms, max_terms, held_out=False) for _ in range(n)]
+    return questions, [solve(rng, question, guess, merge) for question in questions]
 
 
-def new_tokenizer():
-    """A character tokenizer. The answer marker is one token; the chat template is the bare question."""
+def base(path: Path, recipe: dict | None = None) -> Path:
+    """Returns `path`, the folder of the tiny base model. Builds it first if it is missing or damaged, or if another
+    recipe built it. recipe: what is different from RECIPE."""
+    recipe = {**RECIPE, **(recipe or {})}
+    habits = {name: recipe[name] for name in ("guess", "merge", "min_terms", "max_terms")}
+    training = {name: value for name, value in recipe.items() if name not in habits}
+
+    def train():
+        tokenizer = new_tokenizer()
+        model = new_model(tokenizer, recipe["seed"])
+        warm_start(model, tokenizer, lambda rng, n: demonstrations(rng, n, **habits), **training)
+        return model, tokenizer
+
+    return build(path, {"recipe": recipe, "model": MODEL}, train)
+
+
+# --- a base model for any task ----------------------------------------------------------------------------------------
+
+
+def new_tokenizer(characters: str = "0123456789+-=?\n", marker: str | None = MARKER):
+    """A character tokenizer. The marker, if there is one, is one token; the chat template is the bare question."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    vocab = ["<pad>", "<eos>", "<unk>", *"0123456789+-=?\n"]
+    vocab = ["<pad>", "<eos>", "<unk>", *characters]
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(vocab)}, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()  # join the characters without spaces
-    backend.add_tokens([AddedToken(MARKER, normalized=False)])
+    if marker is not None:
+        backend.add_tokens([AddedToken(marker, normalized=False)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         clean_up_tokenization_spaces=False, model_max_length=MODEL["max_position_embeddings"],
@@ -116,8 +143,8 @@ def new_tokenizer():
     return tokenizer
 
 
-def new_model(tokenizer, seed: int):
-    """An untrained Qwen3-layout model of about 150k parameters."""
+def new_model(tokenizer, seed: int, shape: dict | None = None):
+    """An untrained Qwen3-layout model of about 150k parameters. shape: what is different from MODEL."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -128,13 +155,19 @@ def new_model(tokenizer, seed: int):
                 pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id,
-                **MODEL,
+                **{**MODEL, **(shape or {})},
             )
         )
 
 
-def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, min_terms, max_terms, seed) -> None:
-    """Supervised training of `model`, in place, on generated demonstrations; the loss is on the completion alone."""
+def warm_start(
+    model, tokenizer, demonstrations: Callable[[random.Random, int], tuple[list[str], list[str]]],
+    steps: int, batch_size: int, lr: float, warmup: int, seed: int,
+) -> None:  # fmt: skip
+    """Supervised training of `model`, in place, on demonstrations; the loss is on the completion alone.
+
+    demonstrations(rng, n) gives n questions and n completions. warmup: steps over which the learning rate rises.
+    """
     from tqdm import tqdm
 
     rng = random.Random(seed)
@@ -145,10 +178,10 @@ def warm_start(model, tokenizer, steps, batch_size, lr, warmup, guess, merge, mi
         optimizer, lambda n: min((n + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * n / steps))
     )
     model.train()
-    for _ in tqdm(range(steps), desc="warm start of the tiny base", unit="step"):
-        questions = [draw_question(rng, min_terms, max_terms, held_out=False) for _ in range(batch_size)]
+    for _ in tqdm(range(steps), desc="warm start of the base model", unit="step"):
+        questions, completions = demonstrations(rng, batch_size)
         prompts = tokenizer(questions)["input_ids"]
-        answers = tokenizer([solve(rng, q, guess, merge) + tokenizer.eos_token for q in questions])["input_ids"]
+        answers = tokenizer([text + tokenizer.eos_token for text in completions])["input_ids"]
         width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         ids = torch.full((batch_size, width), tokenizer.pad_token_id)
         is_answer = torch.zeros(batch_size, width, dtype=torch.bool)
@@ -173,11 +206,10 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files_of_folder}
 
 
-def base(path: Path, recipe: dict | None = None) -> Path:
-    """Returns `path`, the folder of the tiny base model. Builds it first if it is missing or damaged, or if another
-    recipe built it."""
-    recipe = {**RECIPE, **(recipe or {})}
-    manifest = {"recipe": recipe, "model": MODEL}
+def build(path: Path, manifest: dict, train: Callable[[], tuple]) -> Path:
+    """Returns `path`, the folder of a base model. If it is missing or damaged, or if its manifest is another one, it is
+    built first: train() gives model and tokenizer."""
+    manifest = json.loads(json.dumps(manifest))
     if path.exists():
         try:
             if json.loads((path / "manifest.json").read_text()) == {**manifest, "files": digest(path)}:
@@ -190,12 +222,11 @@ def base(path: Path, recipe: dict | None = None) -> Path:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        tokenizer = new_tokenizer()
-        model = new_model(tokenizer, recipe["seed"])
-        warm_start(model, tokenizer, **recipe)
+        model, tokenizer = train()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "manifest.json").write_text(json.dumps({**manifest, "files": digest(folder)}, indent=2))
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_folder(path, write)
     return path

@@ -32,9 +32,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import common
-import verifier
 from common import Rollout, concatenate
-from harness import cuda_graphs, data, distributed
+from harness import cuda_graphs, data, distributed, rewards
 from harness.options import RunConfig
 
 
@@ -164,8 +163,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 class Trainer:
     """A model in training, and one step after the other. It writes no files.
 
-    problems: {"question", "answer", "prompt_ids"}, to train on. source: the checkpoint that the run started from; the
-    KL is measured to it.
+    problems: {"question", "answer", "row", "prompt_ids"}, to train on. source: the checkpoint that the run started
+    from; the KL is measured to it.
     """
 
     def __init__(self, cfg: RunConfig, model, tokenizer, problems: list[dict], source: str):
@@ -176,6 +175,7 @@ class Trainer:
         self.source = source
         self.device: torch.device = model.device
         self.eos_ids = data.stop_ids(model, tokenizer)
+        self.grade = rewards.load(cfg.reward)
         self.optimizer: Optimizer = AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
         self.start_schedule(optimizer_steps_done=0)
         self.token_logprobs = distributed.bind(common.token_logprobs, model)
@@ -240,16 +240,25 @@ class Trainer:
         completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         for group, completion in zip(rollout.group.tolist(), completions, strict=True):
             problem = problems[group]
-            text = {"question": problem["question"], "answer": problem["answer"], "completion": completion}
-            rollout.texts.append(text)
+            text = {name: problem[name] for name in ("question", "answer", "row")}
+            rollout.texts.append({**text, "completion": completion})
         return rollout
 
     def verify(self, rollout: Rollout) -> Rollout:
-        """Fills in the rewards, 1 for a right answer and 0 otherwise, and adds the verdicts to the texts."""
+        """Fills in the rewards, and adds the verdicts to the texts. The verifier's reward is 1 for a right answer and 0
+        otherwise. RewardError, in every process, if a --reward function fails in one."""
         start = time.perf_counter()
         my_texts = rollout.texts[distributed.my_slice(len(rollout))]
-        my_grades = [verifier.grade(text["completion"], text["answer"]) for text in my_texts]
-        grades = [grade for part in distributed.all_gather(my_grades) for grade in part]
+        my_grades: list[tuple[float, str]] | rewards.RewardError
+        try:
+            my_grades = [self.grade(text) for text in my_texts]
+        except rewards.RewardError as error:
+            my_grades = error
+        grades: list[tuple[float, str]] = []
+        for part in distributed.all_gather(my_grades):
+            if isinstance(part, rewards.RewardError):
+                raise part
+            grades += part
         rollout.rewards = torch.tensor([reward for reward, _ in grades], device=self.device)
         for text, (_, verdict) in zip(rollout.texts, grades, strict=True):
             text["verdict"] = verdict

@@ -8,8 +8,8 @@ from helpers import ROOT, SCRIPTS
 # Each may import only what stands before it.
 ORDER = [
     "common", "verifier",
-    "harness.options", "harness.files", "harness.tiny", "harness.evaluation", "harness.reporting",
-    "harness.cuda_graphs", "harness.distributed", "harness.memory",
+    "harness.options", "harness.rewards", "harness.files", "harness.tiny", "harness.evaluation", "harness.health",
+    "harness.reporting", "harness.cuda_graphs", "harness.distributed", "harness.memory",
     "harness.stop", "harness.data", "harness.trainer", "harness.run",
     "grpo", "dapo", "egsw", "gtpo", "grpo_s",
     "integrations.methods", "integrations.trl_trainer", "integrations.verl_plugin",

@@ -245,7 +245,8 @@ def test_an_empty_rollout_changes_nothing(loaded):
 
 def encoded(tokenizer, n, seed=0):
     problems = tiny.problems(n, seed, False, 2, 2)
-    return [{**problem, "prompt_ids": tokenizer(problem["question"])["input_ids"]} for problem in problems]
+    ids = tokenizer([problem["question"] for problem in problems])["input_ids"]
+    return [{**problem, "row": problem, "prompt_ids": ids[i]} for i, problem in enumerate(problems)]
 
 
 def test_each_pass_through_the_problems_has_an_order_of_its_own_and_draws_each_once(loaded):
