@@ -1,8 +1,16 @@
 """A picture of credit: one group of completions, and what each of the five methods gives every token of it.
 
-    python experiments/credit.py                      the tiny base: runs/credit.png
-    python experiments/credit.py --explorer           the page to play with, as docs/explorer.html: runs/credit.html
+    python experiments/credit.py                      the tiny base on arithmetic: runs/credit.png
+    python experiments/credit.py --countdown          the base of tasks/countdown.py on its task
+    python experiments/credit.py --explorer           the page to play with, with both tasks: runs/credit.html
     python experiments/credit.py --model path/to/model --dataset rows.jsonl --out runs/after
+    python experiments/credit.py --explorer --model path/to/model --dataset rows.jsonl --out runs/after
+
+These made the files of this repository:
+
+    python experiments/credit.py --out assets/credit
+    python experiments/credit.py --countdown --out assets/credit_countdown
+    python experiments/credit.py --explorer --group-size 6 --out docs/explorer
 
 Credit is what multiplies grad log pi of a token on the first update, before the mean over tokens: token_advantages of
 each script, at its default options, over the batch that the first step of a run samples. Blue pushes a token up, orange
@@ -44,12 +52,14 @@ import verifier
 from common import Rollout
 from harness import data, tiny
 from harness.options import RunConfig, add_option, bounded, fail, resolve_defaults
+from harness.rewards import RewardError
 from harness.trainer import Trainer
+from tasks import countdown
 
 # The options of a run that decide what is sampled.
 SAMPLING = [
     "model", "trust_remote_code", "dataset", "dataset_config", "train_split", "question_column", "answer_column",
-    "system", "prompt_template", "max_prompt_tokens",
+    "reward", "system", "prompt_template", "max_prompt_tokens",
     "n_prompts", "group_size", "max_new_tokens", "temperature", "seed",
 ]  # fmt: skip
 SCRIPTS = {"GRPO": grpo, "DAPO": dapo, "EGSW": egsw, "GTPO": gtpo, "GRPO-S": grpo_s}
@@ -64,17 +74,35 @@ def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
     number = dict(type=bounded(int, at_least=1), metavar="INT")
     parser.add_argument("--out", default="runs/credit", help="where to write, without .png or .html [%(default)s]")
     parser.add_argument("--explorer", action="store_true", help="write the page to play with instead of the PNG")
+    parser.add_argument("--countdown", action="store_true", help="show Countdown; its base is built if it is missing")
     parser.add_argument("--rows", default=6, help="completions in the PNG, at most [%(default)s]", **number)
     parser.add_argument("--lines", default=2, help="lines of each in the PNG, at most [%(default)s]", **number)
     for f in dataclasses.fields(RunConfig):
         if f.name in SAMPLING:
             add_option(parser, f, f.type)
     args = parser.parse_args(argv)
+    if args.countdown and (args.model or args.dataset != "arithmetic"):
+        fail("--countdown has a model and a data set of its own: leave out --model and --dataset, or --countdown")
     return RunConfig(**{name: getattr(args, name) for name in SAMPLING}, eval_rows=0), args
 
 
-def model_name(cfg: RunConfig) -> str:
-    return cfg.model or "the tiny base"
+def countdown_config(cfg: RunConfig) -> RunConfig:
+    """The same options for Countdown. Builds its base and data in runs/countdown if they are missing."""
+    options = countdown.prepare(Path("runs/countdown"))
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    return dataclasses.replace(
+        cfg, model=given["--model"], dataset=given["--dataset"], reward=given["--reward"],
+        max_new_tokens=cfg.max_new_tokens or int(given["--max-new-tokens"]),
+    )  # fmt: skip
+
+
+def chosen_tasks(cfg: RunConfig, args: argparse.Namespace) -> dict[str, RunConfig]:
+    """The tasks to show, by name: one, or both built-in tasks on the page."""
+    if cfg.model is not None or cfg.dataset != "arithmetic":
+        return {Path(cfg.dataset).name: cfg}
+    if args.countdown:
+        return {"Countdown": countdown_config(cfg)}
+    return {"Countdown": countdown_config(cfg), "arithmetic": cfg} if args.explorer else {"arithmetic": cfg}
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -88,7 +116,11 @@ def sample(cfg: RunConfig) -> tuple[Rollout, object]:
     resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
     problems, _ = data.load_problems(cfg)
     trainer = Trainer(cfg, model, tokenizer, data.encode(cfg, model, tokenizer, problems), source)
-    return trainer.verify(trainer.sample()), tokenizer
+    try:
+        return trainer.verify(trainer.sample()), tokenizer
+    except RewardError as error:
+        message, details = error.args
+        fail(message, details=details)
 
 
 def token_credit(rollout: Rollout, max_new_tokens: int) -> dict[str, Tensor]:
@@ -165,8 +197,6 @@ def picture(rollout: Rollout, g: int, tokenizer, cfg: RunConfig) -> dict:
     sizes = {name: float(A[rows].abs().max()) for name, A in methods.items()}
     return {
         **content,
-        "model": model_name(cfg),
-        "dataset": cfg.dataset,
         "prompt": f"prompt {g + 1} of {int(rollout.group.max()) + 1}",
         # The scale ends at twice GRPO's credit: darker than GRPO is more, paler is less. Some tokens of GTPO have ten
         # times GRPO's credit. If the scale went that far, all other tokens would look white.
@@ -179,15 +209,13 @@ def picture(rollout: Rollout, g: int, tokenizer, cfg: RunConfig) -> dict:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def task_content(name: str, cfg: RunConfig) -> dict:
-    """A task of the page: two prompts of its first batch, the one nearest to half right and a harder one."""
+def task_content(cfg: RunConfig) -> dict:
+    """Two prompts of a task's first batch for the page: the one nearest to half right, and a harder one."""
     rollout, tokenizer = sample(cfg)
     first = choose_or_fail(rollout)
     harder = choose(rollout.rewards, rollout.group, share=0.2, without=first)
     groups = [first] if harder is None else [first, harder]
     return {
-        "name": name,
-        "model": model_name(cfg),
         "max_new_tokens": cfg.max_new_tokens,
         "groups": [prompt_content(rollout, g, tokenizer) for g in groups],
     }
@@ -247,15 +275,16 @@ def shorten(token: str) -> str:
     return token if len(token) <= 14 else token[:13] + "…"
 
 
-def columns(rows: list[dict]) -> list[tuple[int, float, float]]:
-    """Where the tokens at each position are drawn, in all rows: (line, x, width). All tokens at one are as wide."""
+def layout(tokens: list[str], max_lines: int) -> list[tuple[int, float, float]]:
+    """Where the tokens of a completion are drawn: (line, x, width) of each, as far as max_lines lines go."""
     places = []
     line, x = 0, 0.0
-    for t in range(max(len(row["shown"]) for row in rows)):
-        longest = max(len(shorten(row["shown"][t])) for row in rows if t < len(row["shown"]))
-        width = longest * CHARACTER + PADDING
+    for token in tokens:
+        width = len(shorten(token)) * CHARACTER + PADDING
         if x and x + width > WIDEST:
             line, x = line + 1, 0.0
+        if line == max_lines:
+            break
         places.append((line, x, width))
         x += width
     return places
@@ -271,22 +300,21 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
     from PIL import Image
 
     right, wrong = rows_to_draw(content, max_rows)
-    places = [place for place in columns(right + wrong) if place[0] < max_lines]
-    width = LABEL + max(x + width for _, x, width in places)
+    rows = right + wrong
+    places = [layout(row["shown"], max_lines) for row in rows]
+    width = LABEL + max(x + cell for tokens in places for _, x, cell in tokens)
     line_height = GLYPH + BAR + len(SCRIPTS) * CREDIT + GAP
+    heights = [(tokens[-1][0] + 1) * line_height for tokens in places]
     side_by_side = 2 * width + 2 * MARGIN < WIDEST + LABEL  # short completions: right ones left, wrong ones right
-
-    def height(row: dict) -> float:
-        last = min(len(row["shown"]), len(places)) - 1
-        return (places[last][0] + 1) * line_height
-
-    if side_by_side:
-        tall = TOP + max(sum(map(height, right)), sum(map(height, wrong)))
-        wide = 2 * width + 4 * MARGIN
-    else:
-        tall = TOP + sum(map(height, right + wrong))
-        wide = width + 2 * MARGIN
-    wide = max(wide, 7.0)
+    corners = []  # x and y where each completion begins
+    x, y = MARGIN, TOP
+    for k, height in enumerate(heights):
+        if side_by_side and k == len(right):
+            x, y = width + 3 * MARGIN, TOP
+        corners.append((x, y))
+        y += height
+    tall = max(y + height for (_, y), height in zip(corners, heights, strict=True))
+    wide = max(x + width + MARGIN, 7.0)
 
     figure = pyplot.figure(figsize=(wide, tall), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, wide), ylim=(tall, 0))  # one unit is one inch
@@ -302,16 +330,14 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
 
     def draw_header() -> None:
         n_right = sum(row["reward"] > 0.5 for row in content["rows"])
-        n_drawn = len(right) + len(wrong)
-        drawn = f", {n_drawn} drawn" if n_drawn < len(content["rows"]) else ""
-        where = (
-            f"{n_right} of {len(content['rows'])} completions right{drawn}; {content['prompt']} of {content['dataset']}"
-        )
+        drawn = f", {len(rows)} drawn" if len(rows) < len(content["rows"]) else ""
+        count = f"{n_right} of {len(content['rows'])} completions right{drawn}"
+        where = f"{count}; {content['prompt']} of {content['task']}; {content['model']}"
         characters = int((wide - 2 * MARGIN) * 12)
         answer = f"   (answer: {content['answer']})" if content["answer"] else ""
         write(MARGIN, 0.22, "Credit: what multiplies the gradient of each token's log-prob", 12, weight="bold")
         write(MARGIN, 0.47, textwrap.shorten(content["question"] + answer, characters, placeholder=" …"), 9.5)
-        write(MARGIN, 0.66, textwrap.shorten(f"{where}; {content['model']}", characters, placeholder=" …"), color=GREY)
+        write(MARGIN, 0.66, textwrap.shorten(where, characters, placeholder=" …"), color=GREY)
         steps, bar, start = 90, 1.4, MARGIN + 0.3
         for k in range(steps):
             box(start + k * bar / steps, 0.84, bar / steps * 1.05, 0.13, colour(k / (steps - 1)))
@@ -324,7 +350,7 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
         box(x, 1.1, 0.13, 0.06, BAR_COLOUR)
         write(x + 0.2, 1.1, f"entropy, full height {content['max_entropy']:.2g} nats", 8)
 
-    def draw_completion(row: dict, left: float, top: float) -> None:
+    def draw_completion(row: dict, places: list[tuple[int, float, float]], left: float, top: float) -> None:
         axes.plot([left, left + width], [top - 0.04] * 2, color=RULE, linewidth=0.8)
         is_right = row["reward"] > 0.5
         write(left, top + GLYPH / 2, "✓ right" if is_right else "✗ wrong", 8.5, weight="bold")
@@ -333,7 +359,7 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
             mean = f"{sum(values) / len(values):+.2f}".replace("-", "−")
             write(left, y, name, 7)
             write(left + LABEL - 0.12, y, mean, 7, ha="right", color=GREY)
-        for t, (line, x, cell) in enumerate(places[: len(row["shown"])]):
+        for t, (line, x, cell) in enumerate(places):
             at = left + LABEL + x
             y = top + line * line_height
             h = row["entropy"][t]
@@ -353,15 +379,8 @@ def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
             write(left + LABEL + x + cell, y, f"+{len(row['shown']) - len(places)}", 7, color=GREY)
 
     draw_header()
-    top = {"right": TOP, "wrong": TOP}
-    for row in right:
-        draw_completion(row, MARGIN, top["right"])
-        top["right"] += height(row)
-    if not side_by_side:
-        top["wrong"] = top["right"]
-    for row in wrong:
-        draw_completion(row, MARGIN + (width + 2 * MARGIN) * side_by_side, top["wrong"])
-        top["wrong"] += height(row)
+    for row, tokens, (x, y) in zip(rows, places, corners, strict=True):
+        draw_completion(row, tokens, x, y)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # it is drawn as a box, and the page has the text
         figure.savefig(buffer := io.BytesIO())
@@ -383,11 +402,16 @@ def main(argv: list[str] | None = None) -> None:
             raise PermissionError("not writable")
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror or error}")
+    model = args.model or "the tiny base"
+    tasks = chosen_tasks(cfg, args)
     if args.explorer:
-        out.write_text(page([task_content(cfg.dataset, cfg)]), encoding="utf-8")
+        contents = [{"task": name, "model": model, **task_content(cfg)} for name, cfg in tasks.items()]
+        out.write_text(page(contents), encoding="utf-8")
     else:
+        [(name, cfg)] = tasks.items()
         rollout, tokenizer = sample(cfg)
-        draw(out, picture(rollout, choose_or_fail(rollout), tokenizer, cfg), args.rows, args.lines)
+        content = picture(rollout, choose_or_fail(rollout), tokenizer, cfg)
+        draw(out, {"task": name, "model": model, **content}, args.rows, args.lines)
     print(out)
 
 

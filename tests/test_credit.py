@@ -1,4 +1,4 @@
-"""The picture of credit: its numbers are those of the five scripts, and its page holds them safely. No browser here."""
+"""The picture of credit: its numbers are those of the five scripts, and the page holds text safely. No browser here."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import script
 
 import grpo
 from common import Rollout
@@ -48,10 +47,15 @@ def rollout(lengths=(5, 3, 6, 4, 2, 6), right=(1, 0, 1, 0, 0, 0), group_size=2, 
     )
 
 
+def tokenizer(texts):
+    """Its token id k reads texts[k]."""
+    return SimpleNamespace(decode=lambda ids, skip_special_tokens: texts[ids[0]])
+
+
 def content(r, g=0, texts=tuple("abcdef")):
-    """The picture of group g, where token id k reads texts[k]."""
-    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: texts[ids[0]])
-    return credit.picture(r, g, tokenizer, options.RunConfig(max_new_tokens=r.mask.shape[1]))
+    """The picture of group g."""
+    cfg = options.RunConfig(max_new_tokens=r.mask.shape[1])
+    return {"task": "a task", "model": "a model", **credit.picture(r, g, tokenizer(texts), cfg)}
 
 
 @pytest.mark.parametrize("name", credit.SCRIPTS)
@@ -70,7 +74,7 @@ def test_the_picture_holds_the_numbers_of_its_group_right_ones_first():
     shown, expected = content(r, g=1), credit.token_credit(r, 6)
     for row, i in zip(shown["rows"], (3, 2), strict=True):
         n = int(r.completion_lengths()[i])
-        assert row["right"] == bool(r.rewards[i])
+        assert row["reward"] == r.rewards[i]
         assert row["logprob"] == pytest.approx(r.logprobs[i, :n].tolist(), abs=1e-4)
         assert row["entropy"] == pytest.approx(r.entropy[i, :n].tolist(), abs=1e-4)
         assert list(row["credit"]) == ["GRPO", "DAPO", "EGSW", "GTPO", "GRPO-S"]
@@ -87,6 +91,14 @@ def test_the_group_nearest_to_half_right_is_drawn():
     assert credit.choose(torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]), group) is None
 
 
+def test_the_harder_prompt_of_the_page_is_another_one_that_has_both_outcomes():
+    group = torch.arange(3).repeat_interleave(4)
+    rewards = torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0])
+    assert credit.choose(rewards, group, share=0.2, without=2) == 1
+    assert credit.choose(rewards, group, share=0.2, without=1) == 2
+    assert credit.choose(rewards[:8], group[:8], share=0.2, without=1) is None
+
+
 def test_cells_show_what_has_no_glyph():
     assert [credit.visible(text, False) for text in (" a", "\n\n", "\t", "  ", "", "\x1b[")] == [
         "a", "⏎⏎", "⇥", "␣", "␣", "�[",
@@ -97,23 +109,38 @@ def test_cells_show_what_has_no_glyph():
     assert cut["shown"][-1] == "f"
 
 
+def page(*prompts):
+    return credit.page([{"task": "a task", "model": "a model", "max_new_tokens": 6, "groups": list(prompts)}])
+
+
+def prompt(texts=tuple("abcdef")):
+    return credit.prompt_content(rollout(lengths=(6, 6), right=(1, 0)), 0, tokenizer(texts))
+
+
 def test_the_page_is_one_file_that_loads_nothing():
-    page = credit.page(content(rollout()))
-    assert not re.search(r"https?:|//\w+\.|src=|href=|url\(|@import|fetch\(|import\(|XMLHttpRequest", page)
-    assert "default-src 'none'" in page
+    assert not re.search(r"https?:|//\w+\.|src=|href=|url\(|@import|fetch\(|import\(|XMLHttpRequest", page(prompt()))
+    assert "default-src 'none'" in page(prompt())
 
 
 def test_text_cannot_become_markup():
-    before = credit.page(content(rollout()))
     texts = (*NASTY[:5], "<img src=x onerror=alert(1)>")
-    shown = content(rollout(lengths=(6, 6), right=(1, 0)), texts=texts)
-    page = credit.page(shown)
-    assert page.count("<") == before.count("<")
-    stored = re.search(r'<script type="application/json" id="content">(.*?)</script>', page, re.S).group(1)
-    assert json.loads(stored) == shown
-    assert shown["rows"][0]["text"] == list(texts)
+    written = page(prompt(texts))
+    assert written.count("<") == page(prompt()).count("<")
+    stored = json.loads(re.search(r'id="content">(.*?)</script>', written, re.S).group(1))
+    assert stored["tasks"][0]["groups"] == [prompt(texts)]
+    assert stored["tasks"][0]["groups"][0]["rows"][0]["text"] == list(texts)
     # and the script of the page writes it as text only
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", page)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", written)
+
+
+def test_the_page_knows_each_option_of_the_credit_with_the_scripts_defaults():
+    listed = credit.method_options()
+    assert list(listed) == ["grpo", "dapo", "egsw", "gtpo", "grpo_s"]
+    for method in credit.SCRIPTS.values():
+        config = method.Config()
+        for option in listed[method.__name__]:
+            assert option["default"] == getattr(config, option["name"])
+            assert not option["choices"] or option["default"] in option["choices"]
 
 
 @pytest.mark.slow
@@ -141,15 +168,17 @@ def sizes(small):
 
 
 @pytest.mark.slow
-def test_both_files_come_from_one_command(small, tmp_path):
-    done = script("experiments/credit.py", *sizes(small), "--rows", "2", "--out", tmp_path / "deep" / "picture.png")
-    assert done.returncode == 0, done.stderr
+def test_the_script_writes_the_png_and_the_page(small, tmp_path, capsys):
+    for more, name in ((("--rows", "2"), "picture.png"), (("--explorer",), "picture.html")):
+        credit.main([*sizes(small), *more, "--out", str(tmp_path / "deep" / "picture")])
+        assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "deep" / name)
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["picture.html", "picture.png"]  # no run folder
     assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "deep" / "picture.html").read_text(encoding="utf-8")
-    shown = json.loads(re.search(r'id="content">(.*?)</script>', page, re.S).group(1))
-    assert {row["right"] for row in shown["rows"]} == {True, False}
-    assert len(shown["rows"]) == 4
+    written = (tmp_path / "deep" / "picture.html").read_text(encoding="utf-8")
+    [task] = json.loads(re.search(r'id="content">(.*?)</script>', written, re.S).group(1))["tasks"]
+    for prompt in task["groups"]:
+        assert {row["reward"] for row in prompt["rows"]} == {1.0, 0.0}
+        assert len(prompt["rows"]) == 4
 
 
 def test_the_batch_is_that_of_a_runs_first_step(small):
@@ -169,6 +198,7 @@ def test_the_batch_is_that_of_a_runs_first_step(small):
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--out", __file__ + "/x"], "--out"),
         (["--temperature", 0.001], "no prompt has both outcomes"),
+        (["--countdown"], "--countdown"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(small, capsys, wrong, said):

@@ -229,7 +229,7 @@ def test_the_page_shows_the_scripts_credit_of_its_completions(browser):
         rewards = torch.tensor([row["reward"] for row in rows])
         group = torch.tensor([g for g, prompt in enumerate(groups) for _ in prompt["rows"]])
         for g, prompt in enumerate(groups):
-            click(browser, "#prompts button", f"{task['name']}: {prompt['question'][:20]}")
+            click(browser, "#prompts button", f"{task['task']}: {prompt['question'][:20]}")
             for method, script in SCRIPTS.items():
                 options = {"max_new_tokens": task["max_new_tokens"]} if method == "dapo" else {}
                 A = script.token_advantages(rewards, torch.tensor(pad), mask, group, **options)[group == g]
@@ -276,8 +276,9 @@ def test_a_slider_a_drag_and_a_switch_act_at_once(browser):
     assert "held" not in all_of(browser, "#token-line")[0].text
 
     click(browser, "#presets button", "As sampled")
-    bar = all_of(browser, ".token:nth-child(2) .skyline")[0]
-    token = bar.find_element("xpath", "..")
+    first = all_of(browser, ".completion:first-child .token")
+    token = min(first, key=lambda token: float(token.get_attribute("aria-valuenow")))
+    bar = token.find_element("css selector", ".skyline")
     entropy, credit_before = float(token.get_attribute("aria-valuenow")), means(browser, "egsw")
     ActionChains(browser).click_and_hold(bar).move_by_offset(0, -20).release().perform()
     assert float(token.get_attribute("aria-valuenow")) > entropy + 0.5
