@@ -62,19 +62,26 @@ def browser(tmp_path_factory):
 def javascript(tmp_path_factory):
     """A function (code, data) -> what the code returns. The code sees `data` and the page's functions."""
     functions = scripts_of(PAGE.read_text(encoding="utf-8"))
+
+    def program(code, data):  # the data comes as JSON, which keeps the order of keys
+        return f"{functions}\nconst result = (data => {{ {code} }})(JSON.parse({data}));\n"
+
+    def in_node(code, data):
+        script = program(code, "require('fs').readFileSync(0)") + "console.log(JSON.stringify(result));"
+        done = subprocess.run(["node", "-e", script], input=json.dumps(data), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
     if shutil.which("node"):
-
-        def in_node(code, data):
-            program = f"{functions}\nconst data = JSON.parse(require('fs').readFileSync(0));\n"
-            program += f"console.log(JSON.stringify((() => {{ {code} }})()));"
-            done = subprocess.run(["node", "-e", program], input=json.dumps(data), capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            return json.loads(done.stdout)
-
         yield in_node
-    else:
-        with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-            yield lambda code, data: driver.execute_script(f"{functions}\nconst data = arguments[0];\n{code}", data)
+        return
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+
+        def in_chromium(code, data):
+            script = program(code, "arguments[0]") + "return JSON.stringify(result);"
+            return json.loads(driver.execute_script(script, json.dumps(data)))
+
+        yield in_chromium
 
 
 # --- the functions are those of the scripts ---------------------------------------------------------------------------
