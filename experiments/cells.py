@@ -302,9 +302,9 @@ def trajectory(folder: Path) -> list[dict]:
     """Every evaluation of a run, with the tokens that were sampled until then."""
     tokens = [0, *tokens_so_far(folder)]
     points = []
-    for result in json.loads((folder / "eval.json").read_text()):
+    for number, result in enumerate(json.loads((folder / "eval.json").read_text())):
         numbers = {key: value for key, value in result.items() if not key.endswith("_ci")}
-        points.append({"tokens": tokens[result["step"]], **numbers})
+        points.append({"evaluation": number, "tokens": tokens[result["step"]], **numbers})
     return points
 
 

@@ -44,6 +44,9 @@ SEEDS = dict(methods=10, frontier=5, parts=5, entropy_terms=5, size=3, sgd=2, ne
              gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3)  # fmt: skip
 QUESTIONS = (*SEEDS, "cost")
 
+# Each neighbour's own option: its default, and two more values.
+NEIGHBOUR_OPTIONS: list[tuple[str, dict]] = []
+
 Line = tuple[str, str, dict]  # of a table: setting, method, options
 
 
@@ -116,10 +119,12 @@ def plan(question: str) -> Iterator[Line]:
         for method, lr in itertools.product(NEIGHBOURS, (3e-4, 1.2e-3)):
             yield "countdown", method, dict(lr=lr) | OFTEN
     if question == "neighbour_options":
-        yield "countdown", "grpo", OFTEN
+        for method, options in NEIGHBOUR_OPTIONS:
+            yield "countdown", method, options
     if question == "gtpo":
-        readings = [{}, dict(normalize="own"), *product(compare=["row", "matrix"]), dict(compare="row", mean="geometric"),
-                    *product(alpha2=[0.0, 0.05, 0.2, 0.5]), dict(alpha1=0.9, alpha2=0.1)]  # fmt: skip
+        readings = [{}, dict(normalize="own"), dict(compare="row"), dict(compare="matrix"),
+                    dict(compare="row", mean="geometric"), dict(alpha2=0.0), dict(alpha2=0.05), dict(alpha2=0.2),
+                    dict(alpha2=0.5), dict(alpha1=0.9, alpha2=0.1)]  # fmt: skip
         for setting, reading in itertools.product(ARITHMETIC, readings):
             yield setting, "gtpo", dict(scope="batch") | reading
         for setting, reading in itertools.product(("easy", "long"), readings):
@@ -154,10 +159,9 @@ def plan(question: str) -> Iterator[Line]:
             yield setting, method, options
 
 
-def label(method: str, options: dict) -> str:
-    """A line's name in the tables."""
-    shown = [f"{name}={value}" for name, value in options.items() if name != "eval_every"]
-    return " ".join([method.removeprefix("more."), *shown])
+def variant_of(options: dict) -> str:
+    """The options of a line, as the tables name them."""
+    return " ".join(f"{name}={value}" for name, value in options.items() if name != "eval_every")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -192,21 +196,87 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     files.write_text(path, text.getvalue())
 
 
-KEYS = ("question", "setting", "method", "variant", "seed")  # what a row of results.csv is about
+def key(row: dict) -> tuple:
+    """What a row is about."""
+    return row["question"], row["setting"], row["method"], row["variant"] or "", row["seed"]
 
 
-def merged(new: list[dict], old: list[dict], order: list[tuple]) -> list[dict]:
-    """The rows of both, the new one where both have the same. In the order of the plan, then by seed."""
-    by_key = {tuple(row.get(key) for key in KEYS): row for row in [*old, *new]}
+def update(path: Path, new: list[dict]) -> list[dict]:
+    """Puts the rows into a CSV file, in the place of those about the same. In the order of the plan, then by seed."""
+    replaced = {key(row) for row in new}
+    rows = [*new, *(row for row in read_csv(path) if key(row) not in replaced)]
+    order = [(question, setting, method, variant_of(options)) for question in SEEDS for setting, method, options in
+             plan(question)]  # fmt: skip
     places = {place: i for i, place in enumerate(order)}
-    known = [key for key in by_key if key[:-1] in places]  # the plan may have changed
-    known.sort(key=lambda key: (places[key[:-1]], key[-1]))
-    points = [(by_key[key], row) for key in known for row in [*old, *new] if tuple(row.get(k) for k in KEYS) == key]
-    return [row for row, _ in points] if len(points) == len(known) else [by_key[key] for key in known]
+    rows = [row for row in rows if key(row)[:4] in places]  # the plan may have changed
+    rows.sort(key=lambda row: (places[key(row)[:4]], row["seed"]))  # a stable sort
+    if rows:
+        write_csv(path, rows)
+    return read_csv(path)
 
 
 def main(argv: list[str] | None = None, out: Path = HERE) -> int:
-    raise NotImplementedError  # being rewritten
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # type: ignore[method-assign, assignment]
+    positive = bounded(int, at_least=1)
+    parser.add_argument("--quick", action="store_true", help="the methods on countdown and easy, 3 seeds")
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, metavar="QUESTION", help=", ".join(QUESTIONS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help=", ".join(SETTINGS))
+    parser.add_argument("--seeds", nargs=2, type=int, metavar=("FIRST", "STOP"), help="seeds FIRST to STOP - 1")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="cells at a time [cores]")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "compare", help="folder of the cells")
+    args = parser.parse_args(argv)
+    if args.quick and (args.only or args.settings):
+        fail("--quick chooses questions and settings itself: give no --only and no --settings")
+    if args.seeds and not 0 <= args.seeds[0] < args.seeds[1]:
+        fail(f"--seeds {args.seeds[0]} {args.seeds[1]}: give a first seed and a larger number to stop at")
+    try:
+        args.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--work {args.work}: {error.strerror}")
+
+    asked = ["methods"] if args.quick else args.only or list(QUESTIONS)
+    settings = ["countdown", "easy"] if args.quick else args.settings or list(SETTINGS)
+    wanted = []  # (question, cell, options as the question names them)
+    for question in SEEDS:
+        if question not in asked:
+            continue
+        seeds = range(*args.seeds) if args.seeds else range(3 if args.quick else SEEDS[question])
+        for setting, method, options in plan(question):
+            if setting in settings:
+                wanted += [(question, new_cell(setting, method, options, seed), options) for seed in seeds]
+    unique_cells = list(dict.fromkeys(cell for _, cell, _ in wanted))
+    summaries = run_cells(unique_cells, args.work, args.jobs)
+
+    rows = []
+    curves = []
+    evaluations = []
+    for question, cell, options in wanted:
+        if cell not in summaries:
+            continue
+        folder = args.work / cells.name_of(cell)
+        about = {"question": question, "setting": cell.setting, "method": cell.method, "variant": variant_of(options)}
+        about["seed"] = cell.seed
+        rows.append({**about, "options": " ".join(cells.command_line(cell.options)), **summaries[cell]})
+        if question == "methods":
+            curves += [{**about, **point} for point in cells.curve(folder)]
+        if "eval_every" in options:
+            evaluations += [{**about, **point} for point in cells.trajectory(folder)]
+    if args.quick:
+        rows = update(out / "quick.csv", rows)
+        files.write_text(out / "quick.md", report(rows, [], []))
+    else:
+        rows = update(out / "results.csv", rows)
+        curves = update(out / "curves.csv", curves)
+        evaluations = update(out / "frontier.csv", evaluations)
+        if "cost" in asked:
+            write_csv(out / "cost.csv", cost(METHODS, cells.prepare("easy", args.work)[1]))
+        files.write_text(out / "tables.md", report(rows, evaluations, read_csv(out / "cost.csv")))
+        figures.draw(rows, curves, evaluations, out)
+    failed = len(unique_cells) - len(summaries)
+    if failed:
+        print(f"{failed} cells failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def stop(number: int, _) -> None:

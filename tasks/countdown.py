@@ -44,7 +44,8 @@ RECIPE: dict[str, Any] = dict(steps=1500, batch_size=48, lr=4e-3, warmup=30, sol
 
 # --- the reward -------------------------------------------------------------------------------------------------------
 
-STEP = re.compile(r"(?P<left>[0-9]+)(?P<operator>[-+*])(?P<right>[0-9]+)=(?P<result>[0-9]+)")  # such as 12*3=36
+NUMBER = "0|[1-9][0-9]{0,8}"
+STEP = re.compile(f"(?P<left>{NUMBER})(?P<operator>[-+*])(?P<right>{NUMBER})=(?P<result>{NUMBER})")  # such as 12*3=36
 
 
 def apply(left: int, operator: str, right: int) -> int:
