@@ -102,7 +102,10 @@ def finished(cell: Cell, work: Path) -> dict | None:
         stored = json.loads((work / name_of(cell) / "summary.json").read_text())
     except (OSError, ValueError):
         return None
-    return stored["summary"] if stored["identity"] == identity(cell) else None
+    now = identity(cell)
+    # An option that is newer than the result was, in effect, at its default.
+    stored["identity"]["config"] = {**now["config"], **stored["identity"]["config"]}
+    return stored["summary"] if stored["identity"] == now else None
 
 
 def prepare(name: str, work: Path) -> list[str]:
@@ -170,15 +173,22 @@ def run_cell(cell: Cell, work: Path, inputs: list[str]) -> None:
     files.write_text(folder / "summary.json", json.dumps(stored, indent=1) + "\n")
 
 
+def start(cell: Cell, work: Path, inputs: list[str]):
+    """Starts a cell in a process of its own."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cells", "transformers.models.qwen3", "datasets", "grpo"])
+    process = context.Process(target=run_cell, args=(cell, work, inputs))
+    process.start()
+    return process
+
+
 def run_cells(cells: list[Cell], work: Path, jobs: int) -> dict[Cell, dict]:
     """Runs the cells that are not finished, `jobs` at a time. Returns the summaries; a cell that failed has none."""
     summaries = {cell: finished(cell, work) for cell in cells}
     waiting = [cell for cell, summary in summaries.items() if summary is None]
     print(f"{len(summaries)} cells, {len(summaries) - len(waiting)} of them finished before", flush=True)
     inputs = {setting: prepare(setting, work) for setting in dict.fromkeys(cell.setting for cell in waiting)}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cells", "transformers.models.qwen3", "datasets", "grpo"])
     total = len(waiting)
     running: dict[Cell, tuple] = {}
     done = 0
@@ -186,9 +196,7 @@ def run_cells(cells: list[Cell], work: Path, jobs: int) -> dict[Cell, dict]:
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
-                process = context.Process(target=run_cell, args=(cell, work, inputs[cell.setting]))
-                process.start()
-                running[cell] = process, time.monotonic()
+                running[cell] = start(cell, work, inputs[cell.setting]), time.monotonic()
             time.sleep(0.05)
             for cell, (process, began) in list(running.items()):
                 if process.is_alive():
