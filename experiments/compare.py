@@ -67,9 +67,10 @@ def plan(question: str) -> Iterator[Line]:
                 yield setting, method, {}
     if question == "frontier":
         for method in METHODS:
-            for lr in (1.5e-4, 3e-4, 6e-4, 1.2e-3):
-                yield "countdown", method, dict(lr=lr) | OFTEN
-            yield "countdown", method, dict(lr=6e-4, stop_tokens=2 * cells.TOKENS) | OFTEN
+            yield "countdown", method, OFTEN
+            for lr in (2e-4, 1.2e-3):
+                yield "countdown", method, dict(lr=lr, eval_every=54)
+            yield "countdown", method, dict(stop_tokens=2 * cells.TOKENS, eval_every=108)
     if question == "parts":
         yield "countdown", "grpo", OFTEN
         yield "countdown", "egsw", OFTEN
