@@ -75,7 +75,7 @@ def gold_answer(answer: str) -> str:
         return answer.rpartition("####")[2].strip()
     boxes, _ = _boxes(answer)
     if boxes:
-        return _from_boxes(answer, boxes)
+        return _from_boxes(answer, boxes)[-1]
     return answer.strip()
 
 
@@ -94,11 +94,14 @@ def verifiable(answer: str) -> bool:
 # ---- 1. Extraction. Every pattern takes linear time, because a policy writes long and strange text.
 
 _END = re.compile(r"<\|(?:endoftext|im_end|eot_id|end_of_text|end)\|>|<｜end▁of▁sentence｜>|</s>|<eos>|<end_of_turn>")
-_NEXT_QUESTION = re.compile(r"^[ \t*#]*Question[ \t*]*\d{0,3}[ \t*]*:", re.MULTILINE | re.IGNORECASE)  # "Question 2:"
+# "Question 2:", "Q:"
+_NEXT_QUESTION = re.compile(r"^[ \t*#]*Q(?:uestion)?[ \t*]*\d{0,3}[ \t*]*:", re.MULTILINE | re.IGNORECASE)
+_REPLY = re.compile(r"^[ \t*]*A[ \t*]*:", re.MULTILINE)  # "A: 5", after "Q:"
 # Opening and closing braces. The part `\\.` skips "\{" and "\}".
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s{0,3}\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
-# Between two boxes that form one answer: ", ", "$ and $", " \text{ or } y = "
-_JOIN = re.compile(r"[\s$.,;]*(?:and|or|\\text\{ ?(?:and|or) ?\})?[\s$]*(?:[A-Za-z]\s*=)?[\s$]*")
+# Between two boxes that form one answer: ", ", "\) and \(", " \quad \text{or} \quad y = "
+_GAP = r"(?:[\s$*.,;]|\\[()\[\],; ]|\\q?quad\b)*"
+_JOIN = re.compile(rf"{_GAP}(?:and|or|\\text\{{,? ?(?:and|or) ?\}})?{_GAP}(?:[A-Za-z](?:_?\{{?\w\}}?)?\s*=)?{_GAP}")
 # "#### 42". But "#### Step 1" is a heading.
 _MARKER = re.compile(r"(?<!#)####(?!#|\s*(?:Step|Part|Case)\b)[ \t]*\n?(?P<answer>[^\n#]*)")
 # "answer is", "Answer: ", "answer to the second question is therefore $"
@@ -113,7 +116,7 @@ _ANY_NUMBER = re.compile(
     r"""
     (?:(?<![\w)\]}.,^])[-−–])?\$?(?<![\w.^])            # "-5", "-$5", but the minus of "48-24" is not a sign
     (?:
-        \d*\ ?\\[dt]?frac\{\d+\}\{\d+\}                 # "2\frac{1}{2}"
+        \d*\ ?(?:\\[dt]?frac\{\d+\}\{\d+\}|[½⅓⅔¼¾])     # "2\frac{1}{2}", "2½"
         | \d+\ \d+/\d+                                  # "2 1/2"
         | (?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?    # "1,234.5"
           (?:\ ?/\ ?\d+)?                               # "3/4"
@@ -138,9 +141,8 @@ def extract_answer(text: str, number: bool = False) -> str | None:
     text = _generated(text)
     boxes, has_open_box = _boxes(text)
     if boxes:
-        if _undecided([box.content for box in boxes]):
-            return None
-        return _from_boxes(text, boxes)
+        statements = _from_boxes(text, boxes)
+        return None if _undecided(statements) else statements[-1]
 
     markers = _from_markers(text)
     phrases = _from_phrases(text)
@@ -167,7 +169,7 @@ def _generated(text: str) -> str:
         return text
     boxes, _ = _boxes(text)
     ends = [box.end for box in boxes[:1]]
-    ends += [m.end() for m in (_MARKER.search(text), _PHRASE.search(text)) if m]
+    ends += [m.end() for m in (_MARKER.search(text), _PHRASE.search(text), _REPLY.search(text)) if m]
     if not ends:
         return text  # only a question after an answer is a new one, because a reply can begin with its own question
     question = _NEXT_QUESTION.search(text, min(ends))
@@ -204,24 +206,23 @@ def _boxes(text: str) -> tuple[list[Box], bool]:
     return boxes, any(brace.lastgroup == "box" for brace in open_braces)
 
 
-def _from_boxes(text: str, boxes: list[Box]) -> str:
-    r"""Return the last box. If others are joined to it, return all: "1, 2" for `\boxed{1} and \boxed{2}`.
+def _from_boxes(text: str, boxes: list[Box]) -> list[str]:
+    r"""Return the text in each box, or in joined boxes together: ["3", "1, 2"] for `\boxed{3}? \boxed{1} or \boxed{2}`.
 
     Joined boxes can be the parts of one answer. If they are different answers, the text has not chosen one of them.
     """
-    joined = [boxes[-1]]
-    for box in reversed(boxes[:-1]):
-        between = text[box.end : joined[0].start]
-        if len(between) > 40 or not _JOIN.fullmatch(between):
-            break
-        joined.insert(0, box)
-    contents: dict[Number | str, str] = {}
-    for box in joined:  # a number written in two ways is one answer: `\boxed{1/2} or \boxed{0.5}` is "0.5"
-        number = _number(_tidy(box.content))
-        value = box.content if number is None else number
-        contents.pop(value, None)
-        contents[value] = box.content
-    return ", ".join(contents.values())
+    statements: list[dict[Number | str, str]] = []
+    end = 0
+    for box in boxes:
+        between = text[end : box.start]
+        if not statements or len(between) > 60 or not _JOIN.fullmatch(between):
+            statements.append({})
+        tidied = _tidy(box.content)
+        value = _number(tidied) or tidied
+        statements[-1].pop(value, None)  # an answer written in two ways is one: `\boxed{1/2} or \boxed{0.5}` is "0.5"
+        statements[-1][value] = box.content
+        end = box.end
+    return [", ".join(statement.values()) for statement in statements]
 
 
 def _from_markers(text: str) -> list[str]:
@@ -256,6 +257,7 @@ def _undecided(statements: list[str]) -> bool:
 _UNICODE = str.maketrans(
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup "}
     | {"≤": r"\le ", "≥": r"\ge ", "∈": r"\in ", "°": r"^\circ", "²": "^2", "³": "^3", "\u00a0": " ", "€": "", "£": ""}
+    | {"½": r"\frac12", "⅓": r"\frac13", "⅔": r"\frac23", "¼": r"\frac14", "¾": r"\frac34"}
 )
 _REWRITES = [
     (r"√\s*(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}"),  # "√(x+1)", "√2"
@@ -266,7 +268,8 @@ _REWRITES = [
     (r"\\[dtc]frac", r"\\frac"),  # "\dfrac"
     (r"\\frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))", r"\\frac{\1\2}{\3\4}"),  # "\frac12", "\frac{1} {2}"
     (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|mathit|rm|bf)\s*\{", r"\\text{"),  # "\textbf{", "\mbox {"
-    (r"\\text\{\s*(i|-?\d[^{}]*)\}", r"\1"),  # "\text{5 cents}", "\text{i}"
+    (r"\\text\{\s*(-?\d[^{}]*)\}", r"\1"),  # "\text{5 cents}"
+    (r"\\text\{\s*([ie])\s*\}|(?<=\d)(i)\b", r" \1\2 "),  # "\text{i}", "\mathrm{e}", "2.0i"
     (r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)$|\\!", ""),  # "90^\circ", "90 \degree"
 ]
 # These words change the number before them: "5 or 6", "5 million"
@@ -310,6 +313,15 @@ _NUMBER = re.compile(
     \s*""",
     re.VERBOSE | re.ASCII,
 )
+_TIME = re.compile(
+    r"(?P<hour>\d{1,2}):(?P<minute>[0-5]\d)"  # "12:30"
+    r"(?: ?(?:\\text\{ ?)?(?P<half>[ap])\.? ?m\.?\}?)?",  # the p of "\text{ p.m.}"
+    re.IGNORECASE | re.ASCII,
+)
+# "x < 3", "2 \le x"; and "2, 3" or "\{2, 3\}", but not "(2, 3)", which can be an interval
+_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt)")
+_LIST = re.compile(r"[^()\[\]]*(?:,|\band\b)[^()\[\]]*")
+_CLOSED_AT_INFINITY = re.compile(r"\[[-+]?\\infty|\\infty ?\]")  # "[2,\infty]"
 # " \text{ cm}^2" at the end of "5x \text{ cm}^2". math-verify would read it as a product.
 _UNIT_AT_END = re.compile(rf"(?<=[\w}})])\s*\\text\{{(?!.*{_AFTER})\s*[A-Za-z][A-Za-z .]*\}}(?:\^\{{?[23]\}}?)?$")
 
@@ -366,11 +378,22 @@ def _word(text: str) -> str | None:
     r"""Read a tidied answer of up to three words: "no solution" for `\text{No solution}`, "C" for "(C)" and "C: 12"."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" .")
     words = re.fullmatch(r"\(?([A-Za-z]+(?: [A-Za-z']+){0,2})\)?", text)
-    choice = re.match(r"\(?([A-J])(?:\)|[.:] )", text)
+    choice = re.match(r"\(?([A-J])(?:\)|[.:] )(?!.*\b[A-J](?:\)|[.:] |$))", text)  # not "(A), (B)"
     m = words or choice
     if not m:
         return None
     return m[1] if len(m[1]) == 1 else m[1].lower()
+
+
+def _equal_times(gold: str, pred: str) -> bool | None:
+    """Compare two times of day: "12:30" equals "12:30 p.m.", but not "6:15". Return None if one of them is no time."""
+    gold_time = _TIME.fullmatch(gold)
+    pred_time = _TIME.fullmatch(pred)
+    if not gold_time or not pred_time:
+        return None
+    if gold_time["half"] and pred_time["half"] and gold_time["half"].lower() != pred_time["half"].lower():
+        return False
+    return int(gold_time["hour"]) == int(pred_time["hour"]) and gold_time["minute"] == pred_time["minute"]
 
 
 def _compare(gold: str, pred: str) -> str:
@@ -386,10 +409,16 @@ def _compare(gold: str, pred: str) -> str:
         if status is not None:
             return status
 
+    equal_times = _equal_times(gold, pred)
+    if equal_times is not None:  # math-verify would read 12:30 as a fraction
+        return "correct" if equal_times else "wrong"
+
     gold = _UNIT_AT_END.sub("", gold)
     pred = _UNIT_AT_END.sub("", pred)
     if _refuse(gold) or _refuse(pred):
         return "parse_failed"
+    if _other_kind(gold, pred):
+        return "wrong"
     space = r"\s+(?!\d)|(?<!\d)\s+"  # but not between two digits
     if re.sub(space, "", gold) == re.sub(space, "", pred):
         pred = gold  # the worker still has to parse it, because a meaningless gold must not be rewarded
@@ -427,13 +456,21 @@ def _equal_numbers(gold: Number, pred: Number) -> bool:
     return gold.value == pred.value
 
 
+def _other_kind(gold: str, pred: str) -> bool:
+    r"""Return whether math-verify would mix up two kinds: `2 < x < 3` and `2, 3`, `[2, \infty]` and `[2, \infty)`."""
+    one_list = bool(_LIST.fullmatch(gold)) != bool(_LIST.fullmatch(pred))
+    one_inequality = bool(_INEQUALITY.search(gold)) != bool(_INEQUALITY.search(pred))
+    one_closed = bool(_CLOSED_AT_INFINITY.search(gold)) != bool(_CLOSED_AT_INFINITY.search(pred))
+    return one_closed or (one_list and one_inequality)
+
+
 def _refuse(text: str) -> bool:
     """Return whether to keep a text from math-verify: it is empty, is prose, or can stand for something huge."""
     empty = not re.search(r"\w", text)
     deep = len(re.findall(r"[({\[]", text)) > 60
     prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", text)) > 4  # "\sqrt" is not a word
     side_by_side = re.search(r"(?<![_^\d])\d+\s+\d", text)  # math-verify would read "2 3" as a product
-    flat = re.sub(r"[\s{}()\[\]]", "", text)
+    flat = re.sub(r"[\s{}()\[\]]", "", text.replace("}{", "/"))
     huge = re.search(r"\d\^-?\d+\^|\^-?\d{5,}|\d{200}|\d{4}!|!!|\^-?\d+!", flat)  # "9^9^9", "9^99999", "1000!", "9!!"
     return bool(empty or deep or prose or side_by_side or huge)
 
@@ -545,8 +582,25 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     except (ImportError, ValueError, OSError):
         pass  # Windows has no such limit and macOS may refuse it; the time limit still holds
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, grader, parse, verify
     from math_verify.parser import NormalizationConfig
+    from sympy import Float, Rational
+
+    # math-verify compares decimals rounded and takes a difference below 1e-15 for zero, so all tiny numbers are equal.
+    # Here a decimal is a fraction, and sympy decides about the difference if it can.
+    rounded_equal = grader.sympy_numeric_eq
+
+    def with_fractions(value):  # type: ignore[no-untyped-def]
+        return value.xreplace({decimal: Rational(str(decimal)) for decimal in value.atoms(Float)})
+
+    def exactly_equal(a, b, *digits):  # type: ignore[no-untyped-def]
+        if a.is_Matrix or b.is_Matrix:
+            return rounded_equal(a, b, *digits)  # it calls this function for each entry
+        a = with_fractions(a)
+        b = with_fractions(b)
+        return (a - b).is_zero is not False and rounded_equal(a, b, *digits)
+
+    grader.sympy_numeric_eq = exactly_equal
 
     # Parse the whole text: do not search for something readable in it, and do not remove units (`2t` is not 2).
     rules = NormalizationConfig(units=False, malformed_operators=True, nits=True)
@@ -558,7 +612,7 @@ def _serve() -> None:
         parsed_pred = parse(f"\\boxed{{{pred}}}", [config], **options)
         if not parsed_gold or not parsed_pred:
             return "parse_failed"
-        # float_rounding counts decimals. With too few of them, 3.14 would equal pi.
+        # float_rounding counts decimals. It matters where sympy could not decide: with few of them, 3.14 would equal pi.
         equal = verify(parsed_gold, parsed_pred, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None)
         return "correct" if equal else "wrong"
 

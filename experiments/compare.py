@@ -1,281 +1,168 @@
-"""Measures what the five methods do on the tiny task, and what their options change.
+"""Measures what the methods do on Countdown and on arithmetic, and what their options change.
 
-    python experiments/compare.py --quick           the methods on `easy`, 3 seeds: quick.csv and quick.md
-    python experiments/compare.py                   everything: results.csv, curves.csv, cost.csv, tables.md, figures
-    python experiments/compare.py --only gtpo egsw  these questions; the other rows of results.csv stay
+    python experiments/compare.py --quick           the methods on `countdown` and `easy`, 3 seeds: quick.csv, quick.md
+    python experiments/compare.py                   everything: the CSV files, tables.md and the figures
+    python experiments/compare.py --only parts gtpo these questions; the other rows of results.csv stay
+    python experiments/compare.py --only methods --settings long --seeds 5 10   only these settings, and seeds 5 to 9
 
-A cell is one run of a script: a setting, a method, its options and a seed. All cells of a setting start from the same
-base, and all cells of a seed draw the same prompts. All stop after TOKENS sampled completion tokens, including those
-that dynamic sampling throws away, and all are evaluated in the same way. Each cell runs on one thread, --jobs of them
-at a time, and leaves its folder in --work. A finished cell runs again only if its options, its setting or the defaults
-of its script have changed. A cell that several questions share runs once. On the same kind of CPU, a second run gives
-the same files, except for cost.csv.
+cells.py says what a cell is and how it runs; tables.py and figures.py say what is made of results.csv.
 
 Exit status: 0 done; 1 some cells failed: they are named, and the rest is written; 2 wrong options; 130, 143 stopped.
 """
 
 import argparse
 import csv
-import dataclasses
-import functools
-import importlib
 import io
 import itertools
-import json
 import os
-import shutil
 import signal
-import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(ROOT))
 
+import cells
 import figures
+from cells import SETTINGS, new_cell, run_cells
 from cost import cost
 from tables import report
 
-from harness import files, tiny
+from harness import files
 from harness.options import bounded, fail
 
 METHODS = ("grpo", "dapo", "egsw", "gtpo", "grpo_s")
-TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
-EVALUATION = dict(eval_rows=256, eval_k=32)
-TRAIN_ROWS = 4096  # of a setting with terms of its own
-# recipe: what the warm start of the base changes in tiny.RECIPE. terms: of the chains to train and to evaluate on.
-SETTINGS = {
-    "easy": dict(recipe={}, terms=None, max_new_tokens=64),
-    "trap": dict(recipe=dict(guess=0.5), terms=None, max_new_tokens=64),
-    "long": dict(recipe={}, terms=(6, 8), max_new_tokens=96),
-}
-SEEDS = dict(methods=5, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3)
+NEIGHBOURS = ("more.forking", "more.cov", "more.entropy_advantage", "more.quantile", "more.cispo")
+ARITHMETIC = ("easy", "trap", "long")
+OFTEN = dict(eval_every=27)  # evaluates a Countdown run four times on its way
+# The weights that EGSW gives right and wrong completions of the Countdown base on average: scale.py measures them.
+MATCHED = dict(right_scale=1.8, wrong_scale=0.65)
+SEEDS = dict(methods=10, frontier=5, parts=5, entropy_terms=5, size=3, sgd=2, neighbours=5, neighbour_options=3,
+             gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3)  # fmt: skip
 QUESTIONS = (*SEEDS, "cost")
-CURVE_POINTS = 30
+
+# Each neighbour's own option: its default, and two more values.
+NEIGHBOUR_OPTIONS: list[tuple[str, dict]] = []
+
+Line = tuple[str, str, dict]  # of a table: setting, method, options
 
 
-# --- the cells --------------------------------------------------------------------------------------------------------
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def plan(question: str) -> list[tuple[str, str, dict]]:
-    """The lines of a question's tables as (setting, method, options). In each setting, the others are compared with the
-    first one."""
+def product(**values: list) -> list[dict]:
+    """Every combination of these options."""
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
-    def lines(settings, method, *options):
-        return [(setting, method, o) for setting in settings for o in options]
 
-    def product(**values):
-        return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-
+def plan(question: str) -> Iterator[Line]:
+    """The lines of a question's tables. In each setting, the others are compared with the first one."""
     if question == "methods":
-        return [(setting, method, {}) for setting in SETTINGS for method in METHODS]
+        for method in METHODS:
+            yield "countdown", method, OFTEN
+            for setting in ARITHMETIC:
+                yield setting, method, {}
+    if question == "frontier":
+        for method in METHODS:
+            yield "countdown", method, OFTEN
+            for lr in (2e-4, 1.2e-3):
+                yield "countdown", method, dict(lr=lr, eval_every=54)
+            yield "countdown", method, dict(stop_tokens=2 * cells.TOKENS, eval_every=108)
+    if question == "parts":
+        yield "countdown", "grpo", OFTEN
+        yield "countdown", "egsw", OFTEN
+        for alpha in (0.0, 2.0):
+            yield "countdown", "egsw", dict(alpha=alpha)
+        for P in (0.5, 1.0, 4.0, 8.0):
+            yield "countdown", "egsw", dict(weight_temperature=P)
+        yield "countdown", "egsw", dict(step_wise=False)
+        yield "countdown", "egsw", dict(step_wise=False, alpha=0.0)
+        yield "countdown", "grpo", dict(reduction="token")
+        yield "countdown", "grpo", dict(reduction="token", lr=3e-4)
+        yield "countdown", "controls", dict(reduction="token") | MATCHED
+        for wrong_scale in (0.5, 0.0):
+            yield "countdown", "controls", dict(reduction="token", wrong_scale=wrong_scale)
+        yield "countdown", "controls", dict(reduction="token", right_scale=0.0)
+        for entropy_bonus in (0.01, 0.03, 0.1):
+            yield "countdown", "controls", dict(reduction="token", entropy_bonus=entropy_bonus)
+    if question == "entropy_terms":
+        yield "countdown", "gtpo", OFTEN
+        for alpha2 in (0.0, 0.5, 1.0):
+            yield "countdown", "gtpo", dict(alpha2=alpha2)
+        yield "countdown", "gtpo", dict(entropy_min=0.1)
+        yield "countdown", "gtpo", dict(scope="batch")
+        yield "countdown", "gtpo", dict(scope="batch", alpha2=0.0)
+        yield "countdown", "grpo_s", OFTEN
+        for beta2 in (0.0, 0.5, 1.0):
+            yield "countdown", "grpo_s", dict(beta2=beta2)
+        yield "countdown", "grpo_s", dict(entropy_min=0.1)
+    if question == "size":
+        for method in METHODS:
+            yield "countdown-large", method, {}
+        yield "countdown-large", "grpo", dict(reduction="token")
+        yield "countdown-large", "egsw", dict(alpha=0.0)
+        yield "countdown-large", "controls", dict(reduction="token") | MATCHED
+        yield "countdown-large", "controls", dict(reduction="token", wrong_scale=0.0)
+    if question == "sgd":
+        for setting, method in itertools.product(("easy", "long"), METHODS):
+            yield setting, method, {}
+            for lr in (0.03, 0.1, 0.3):
+                yield setting, method, dict(optimizer="sgd", lr=lr)
+    if question == "neighbours":
+        for setting in ("countdown", "long"):
+            options = OFTEN if setting == "countdown" else {}
+            for method in ("grpo", *NEIGHBOURS):
+                yield setting, method, options
+            yield setting, "more.cov", dict(kind="kl") | options
+        for method, lr in itertools.product(NEIGHBOURS, (3e-4, 1.2e-3)):
+            yield "countdown", method, dict(lr=lr) | OFTEN
+    if question == "neighbour_options":
+        for method, options in NEIGHBOUR_OPTIONS:
+            yield "countdown", method, options
     if question == "gtpo":
-        readings = [dict(normalize="own"), *product(compare=["row", "matrix"]), dict(compare="row", mean="geometric")]
-        options = [{}, *readings, *product(alpha2=[0.0, 0.05, 0.2, 0.5]), dict(alpha1=0.9, alpha2=0.1)]
-        group, batch = ([dict(scope=scope) | o for o in options] for scope in ("group", "batch"))
-        return lines(SETTINGS, "gtpo", *batch) + lines(("easy", "long"), "gtpo", *group) + [("trap", "gtpo", group[0])]
+        readings = [{}, dict(normalize="own"), dict(compare="row"), dict(compare="matrix"),
+                    dict(compare="row", mean="geometric"), dict(alpha2=0.0), dict(alpha2=0.05), dict(alpha2=0.2),
+                    dict(alpha2=0.5), dict(alpha1=0.9, alpha2=0.1)]  # fmt: skip
+        for setting, reading in itertools.product(ARITHMETIC, readings):
+            yield setting, "gtpo", dict(scope="batch") | reading
+        for setting, reading in itertools.product(("easy", "long"), readings):
+            yield setting, "gtpo", dict(scope="group") | reading
+        yield "trap", "gtpo", dict(scope="group")
     if question == "egsw":
         # The cells that end in short guesses take many steps, so they cost most.
         means = ["token", "sequence"]
-        easy = product(reduction=means, weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.1, 0.5, 1.0])
-        trap = product(reduction=means, weight_temperature=[2.0, 4.0, 8.0], alpha=[0.0, 0.5])
-        long = product(reduction=means[:1], weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.5])
-        return lines(("easy",), "egsw", *easy) + lines(("trap",), "egsw", *trap) + lines(("long",), "egsw", *long)
+        for options in product(reduction=means, weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.1, 0.5, 1.0]):
+            yield "easy", "egsw", options
+        for options in product(reduction=means, weight_temperature=[2.0, 4.0, 8.0], alpha=[0.0, 0.5]):
+            yield "trap", "egsw", options
+        for options in product(reduction=["token"], weight_temperature=[1.0, 2.0, 4.0, 8.0], alpha=[0.0, 0.5]):
+            yield "long", "egsw", options
     if question == "egsw_forms":
-        kinds = ("grpo", "token"), ("grpo", "sequence"), ("rloo", "sequence"), ("dr_grpo", "constant")
-        kinds = [dict(advantage=advantage, reduction=reduction) for advantage, reduction in kinds]
-        forms = product(step_wise=[True, False], mean_one=[True, False])
-        weighted = [{**kind, **form} for kind in kinds for form in forms]
-        return lines(("easy",), "grpo", *kinds) + lines(("easy",), "egsw", *weighted)
+        pairs = [("grpo", "token"), ("grpo", "sequence"), ("rloo", "sequence"), ("dr_grpo", "constant")]
+        kinds = [dict(advantage=advantage, reduction=reduction) for advantage, reduction in pairs]
+        for kind in kinds:
+            yield "easy", "grpo", kind
+        for kind, form in itertools.product(kinds, product(step_wise=[True, False], mean_one=[True, False])):
+            yield "easy", "egsw", kind | form
     if question == "grpo_s":
-        return lines(("easy",), "grpo_s", *product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]))
+        for options in product(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]):
+            yield "easy", "grpo_s", options
     # The defaults of the scripts differ in more than the method. These questions remove one difference at a time.
     if question == "updates":
-        settings, options = ("easy", "long"), product(minibatches=[1, 4])
-        return [line for o in options for method in METHODS for line in lines(settings, method, o)]
+        for options, method, setting in itertools.product(product(minibatches=[1, 4]), METHODS, ("easy", "long")):
+            yield setting, method, options
     if question == "reduction":
-        options = product(reduction=["sequence", "token", "constant"])
-        return [line for method in ("grpo", "egsw", "grpo_s") for line in lines(SETTINGS, method, *options)]
+        reductions = product(reduction=["sequence", "token", "constant"])
+        for method, setting, options in itertools.product(("grpo", "egsw", "grpo_s"), ARITHMETIC, reductions):
+            yield setting, method, options
 
 
-@functools.cache
-def defaults(method: str) -> dict:
-    return {f.name: f.default for f in dataclasses.fields(importlib.import_module(method).Config)}
-
-
-def new_cell(setting: str, method: str, options: dict, seed: int) -> tuple:
-    """(setting, method, options that are not the script's defaults, seed), the same for the same run."""
-    changed = {name: value for name, value in options.items() if defaults(method)[name] != value}
-    return setting, method, tuple(sorted(changed.items())), seed
-
-
-def name_of(cell: tuple) -> str:
-    setting, method, options, seed = cell
-    return "-".join([setting, method, *(f"{name}={value}" for name, value in options), f"seed={seed}"])
-
-
-def identity(cell: tuple) -> dict:
-    """Everything that decides the cell's result, except the code. It is stored with the result."""
-    setting, method, options, seed = cell
-    shape = SETTINGS[setting] | dict(recipe=tiny.RECIPE | SETTINGS[setting]["recipe"], rows=TRAIN_ROWS)
-    config = {**defaults(method), **dict(options), **EVALUATION, "seed": seed, "stop_tokens": TOKENS}
-    return json.loads(json.dumps({"method": method, "setting": shape, "model": tiny.MODEL, "config": config}))
-
-
-def finished(cell: tuple, work: Path) -> dict | None:
-    """The summary of a cell, if it has been run to its end with the same identity as now."""
-    try:
-        stored = json.loads((work / name_of(cell) / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return stored["summary"] if stored["identity"] == identity(cell) else None
-
-
-def prepare(setting: str, work: Path) -> list[str]:
-    """The setting's base and data, as options of a script. Makes them if they are missing."""
-    shape, threads = SETTINGS[setting], torch.get_num_threads()
-    name = "-".join(["base", *(f"{key}={value}" for key, value in shape["recipe"].items())])
-    torch.set_num_threads(1)  # so that the base is the same on every number of cores
-    base = tiny.base(work / name, shape["recipe"])
-    torch.set_num_threads(threads)
-    options = ["--model", str(base), "--max-new-tokens", str(shape["max_new_tokens"])]
-    if shape["terms"]:
-        for flag, rows, held_out in (
-            ("--dataset", TRAIN_ROWS, False),
-            ("--eval-dataset", EVALUATION["eval_rows"], True),
-        ):
-            path = work / f"{setting}{'-held-out' if held_out else ''}.jsonl"
-            lines = [json.dumps(row) + "\n" for row in tiny.problems(rows, 0, held_out, *shape["terms"])]
-            files.write_text(path, "".join(lines))
-            options += [flag, str(path)]
-    return options
-
-
-def command_line(options) -> list[str]:
-    """Pairs of name and value, as arguments of a script."""
-    result = []
-    for name, value in options:
-        flag = name.replace("_", "-")
-        result += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return result
-
-
-def start(cell: tuple, work: Path, inputs: list[str]) -> subprocess.Popen:
-    """Starts a cell's script from its beginning, in its own process group. What it prints goes to <cell>.log."""
-    _, method, options, seed = cell
-    shutil.rmtree(work / name_of(cell), ignore_errors=True)
-    command = [sys.executable, ROOT / f"{method}.py", "--out", work, "--name", name_of(cell), *inputs]
-    command += ["--steps", "1000000", "--stop-tokens", str(TOKENS), "--seed", str(seed), "--no-save-plots"]
-    command += command_line([*options, *EVALUATION.items(), ("log_completions", 0)])
-    with open(work / f"{name_of(cell)}.log", "w") as log:
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=log, stderr=log, env=one_thread, start_new_session=True)
-
-
-def run_cells(cells: list[tuple], work: Path, jobs: int) -> dict[tuple, dict]:
-    """Runs the cells that are not finished, `jobs` at a time. Returns the summaries by cell; a failed cell has none."""
-    summaries = {cell: finished(cell, work) for cell in cells}
-    waiting = [cell for cell, summary in summaries.items() if summary is None]
-    print(f"{len(summaries)} cells, {len(summaries) - len(waiting)} of them finished before", flush=True)
-    inputs = {setting: prepare(setting, work) for setting in dict.fromkeys(cell[0] for cell in waiting)}
-    total, done, running = len(waiting), 0, {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                cell = waiting.pop(0)
-                running[cell] = start(cell, work, inputs[cell[0]]), time.monotonic()
-            time.sleep(0.05)
-            for cell, (process, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[cell]
-                done += 1
-                try:
-                    if process.returncode:
-                        raise ValueError(f"exit status {process.returncode}")
-                    summaries[cell] = settle(cell, work)
-                except (OSError, ValueError, KeyError) as error:
-                    print(f"{name_of(cell)}: FAILED ({error}); see {work / name_of(cell)}.log", file=sys.stderr)
-                    continue
-                s, k = summaries[cell], f"mean@{EVALUATION['eval_k']}"
-                print(f"[{done}/{total}] {name_of(cell)}: {s['before ' + k]:.3f} -> {s['after ' + k]:.3f}, "
-                      f"{s['steps']} steps, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
-    finally:
-        for process, _ in running.values():  # the next time the cell starts again, so it need not end well
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return {cell: summary for cell, summary in summaries.items() if summary}
-
-
-def settle(cell: tuple, work: Path) -> dict:
-    """Writes the summary of a run that has ended, and deletes its large files, which nothing here reads."""
-    folder = work / name_of(cell)
-    summary = summarise(folder)
-    for large in (folder / "model", *folder.glob("checkpoint-*")):
-        shutil.rmtree(large)
-    for large in folder.glob("*completions.jsonl"):
-        large.unlink()
-    stored = {"identity": identity(cell), "summary": summary}
-    files.write_text(folder / "summary.json", json.dumps(stored, indent=1) + "\n")
-    return summary
-
-
-# --- what a run says --------------------------------------------------------------------------------------------------
-
-
-def running_mean(values: list[float], width: int) -> list[float]:
-    """Means of each `width` values in a row, from the first `width` on."""
-    return [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
-
-
-def summarise(folder: Path) -> dict:
-    """The numbers of a run folder that results.csv holds.
-
-    steps to 0.8: the first step at which the mean reward of the last 5 is 0.8 or more (None: never); tokens to 0.8:
-    completion tokens sampled until then. Entropies, in nats, are means over a tenth of the steps: the first tenth, the
-    lowest, and the last. rebound: the last over the lowest of those before it; above 1 the entropy has risen again.
-    """
-    metrics, timing = files.read_lines(folder / "metrics.jsonl"), files.read_lines(folder / "timing.jsonl")
-    tokens = list(itertools.accumulate(line["tokens"] for line in timing))
-    reached = next((i + 5 for i, r in enumerate(running_mean([m["reward"] for m in metrics], 5)) if r >= 0.8), None)
-    width = max(1, len(metrics) // 10)
-    entropy = running_mean([m["entropy"] for m in metrics], width)
-    summary = {
-        "steps": len(metrics),
-        "tokens": tokens[-1],
-        "steps to 0.8": reached,
-        "tokens to 0.8": reached and tokens[reached - 1],
-        "entropy first": entropy[0],
-        "entropy lowest": min(entropy),
-        "entropy last": entropy[-1],
-        "rebound": entropy[-1] / max(min(entropy[:-width] or entropy), 1e-9),
-        "skipped updates": sum(m["skipped_updates"] for m in metrics),
-    }
-    before, after = json.loads((folder / "eval.json").read_text())
-    for when, result in (("before", before), ("after", after)):
-        summary |= {f"{when} {key}": v for key, v in result.items() if key != "step" and not key.endswith("_ci")}
-    return summary
-
-
-def curve(folder: Path) -> list[dict]:
-    """Reward, entropy (nats) and length (tokens) of a run's steps at CURVE_POINTS equal numbers of sampled tokens."""
-    metrics = files.read_lines(folder / "metrics.jsonl")
-    tokens = list(itertools.accumulate(line["tokens"] for line in files.read_lines(folder / "timing.jsonl")))
-    points, i = [], 0
-    for point in range(1, CURVE_POINTS + 1):
-        at = TOKENS * point // CURVE_POINTS
-        first = i
-        while i < len(tokens) - 1 and tokens[i] < at:
-            i += 1
-        some = metrics[first : i + 1]  # from the step that reached the last point to the one that reaches this point
-        keys = dict(reward="reward", entropy="entropy", length="completions/mean_length")
-        points.append({"tokens": at} | {name: statistics.fmean(m[key] for m in some) for name, key in keys.items()})
-    return points
+def variant_of(options: dict) -> str:
+    """The options of a line, as the tables name them."""
+    return " ".join(f"{name}={value}" for name, value in options.items() if name != "eval_every")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -285,18 +172,19 @@ def read_csv(path: Path) -> list[dict]:
     """Rows of a CSV file, with numbers as numbers and empty fields as None. No file: no rows."""
 
     def value(text: str):
-        for kind in (int, float):
+        for convert in (int, float):
             try:
-                return kind(text)
+                return convert(text)
             except ValueError:
                 pass
         return text or None
 
     if not path.exists():
         return []
-    with open(path, newline="") as f:
+    with open(path, newline="") as file:
         return [
-            {k: (v if k in ("variant", "options") else value(v)) for k, v in row.items()} for row in csv.DictReader(f)
+            {name: (text if name in ("variant", "options") else value(text)) for name, text in row.items()}
+            for row in csv.DictReader(file)
         ]
 
 
@@ -309,58 +197,84 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     files.write_text(path, text.getvalue())
 
 
+def key(row: dict) -> tuple:
+    """What a row is about."""
+    return row["question"], row["setting"], row["method"], row["variant"] or "", row["seed"]
+
+
+def update(path: Path, new: list[dict]) -> list[dict]:
+    """Puts the rows into a CSV file, in the place of those about the same. In the order of the plan, then by seed."""
+    replaced = {key(row) for row in new}
+    rows = [*new, *(row for row in read_csv(path) if key(row) not in replaced)]
+    order = [(question, setting, method, variant_of(options)) for question in SEEDS for setting, method, options in
+             plan(question)]  # fmt: skip
+    places = {place: i for i, place in enumerate(order)}
+    rows = [row for row in rows if key(row)[:4] in places]  # the plan may have changed
+    rows.sort(key=lambda row: (places[key(row)[:4]], row["seed"]))  # a stable sort
+    if rows:
+        write_csv(path, rows)
+    return read_csv(path)
+
+
 def main(argv: list[str] | None = None, out: Path = HERE) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser.error = fail  # type: ignore[method-assign, assignment]
     positive = bounded(int, at_least=1)
-    parser.add_argument("--quick", action="store_true", help="the methods on `easy`, 3 seeds")
+    parser.add_argument("--quick", action="store_true", help="the methods on countdown and easy, 3 seeds")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, metavar="QUESTION", help=", ".join(QUESTIONS))
-    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 to N-1 for every question")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help=", ".join(SETTINGS))
+    parser.add_argument("--seeds", nargs=2, type=int, metavar=("FIRST", "STOP"), help="seeds FIRST to STOP - 1")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="cells at a time [cores]")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "compare", help="folder of the cells")
     args = parser.parse_args(argv)
-    if args.quick and args.only:
-        fail("--quick and --only: give one of them")
+    if args.quick and (args.only or args.settings):
+        fail("--quick chooses questions and settings itself: give no --only and no --settings")
+    if args.seeds and not 0 <= args.seeds[0] < args.seeds[1]:
+        fail(f"--seeds {args.seeds[0]} {args.seeds[1]}: give a first seed and a larger number to stop at")
     try:
         args.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--work {args.work}: {error.strerror}")
 
-    asked = ["methods"] if args.quick else args.only or QUESTIONS
+    asked = ["methods"] if args.quick else args.only or list(QUESTIONS)
+    settings = ["countdown", "easy"] if args.quick else args.settings or list(SETTINGS)
     wanted = []  # (question, cell, options as the question names them)
-    for question in (q for q in SEEDS if q in asked):
+    for question in SEEDS:
+        if question not in asked:
+            continue
+        seeds = range(*args.seeds) if args.seeds else range(3 if args.quick else SEEDS[question])
         for setting, method, options in plan(question):
-            if setting == "easy" or not args.quick:
-                seeds = args.seeds or (3 if args.quick else SEEDS[question])
-                wanted += [(question, new_cell(setting, method, options, seed), options) for seed in range(seeds)]
-    summaries = run_cells(list(dict.fromkeys(cell for _, cell, _ in wanted)), args.work, args.jobs)
-    rows, curves = [], []
+            if setting in settings:
+                wanted += [(question, new_cell(setting, method, options, seed), options) for seed in seeds]
+    unique_cells = list(dict.fromkeys(cell for _, cell, _ in wanted))
+    summaries = run_cells(unique_cells, args.work, args.jobs)
+
+    rows = []
+    curves = []
+    evaluations = []
     for question, cell, options in wanted:
-        if cell in summaries:
-            setting, method, changed, seed = cell
-            variant = " ".join(f"{name}={value}" for name, value in options.items())
-            given = " ".join(command_line(changed))
-            about = dict(question=question, setting=setting, method=method, variant=variant, options=given, seed=seed)
-            rows.append(about | summaries[cell])
-            if question == "methods":
-                about = dict(setting=setting, method=method, seed=seed)
-                curves += [about | point for point in curve(args.work / name_of(cell))]
-    name = "quick" if args.quick else "results"
-    if not args.quick:
-        rows += [row for row in read_csv(out / "results.csv") if row["question"] not in asked]
-        rows.sort(key=lambda row: QUESTIONS.index(row["question"]))  # a stable sort: the order inside a question stays
-        if curves:
-            write_csv(out / "curves.csv", curves)
+        if cell not in summaries:
+            continue
+        folder = args.work / cells.name_of(cell)
+        about = {"question": question, "setting": cell.setting, "method": cell.method, "variant": variant_of(options)}
+        about["seed"] = cell.seed
+        rows.append({**about, "options": " ".join(cells.command_line(cell.options)), **summaries[cell]})
+        if question == "methods":
+            curves += [{**about, **point} for point in cells.curve(folder)]
+        if "eval_every" in options:
+            evaluations += [{**about, **point} for point in cells.trajectory(folder)]
+    if args.quick:
+        rows = update(out / "quick.csv", rows)
+        files.write_text(out / "quick.md", report(rows, [], []))
+    else:
+        rows = update(out / "results.csv", rows)
+        curves = update(out / "curves.csv", curves)
+        evaluations = update(out / "frontier.csv", evaluations)
         if "cost" in asked:
-            write_csv(out / "cost.csv", cost(METHODS, prepare("easy", args.work)[1]))
-    if rows:
-        write_csv(out / f"{name}.csv", rows)
-        rows = read_csv(out / f"{name}.csv")  # the tables say what the file says
-    text = report(rows, [] if args.quick else read_csv(out / "cost.csv"), TOKENS)
-    files.write_text(out / ("quick.md" if args.quick else "tables.md"), text)
-    if not args.quick:
-        figures.draw(rows, read_csv(out / "curves.csv"), out)
-    failed = len({cell for _, cell, _ in wanted}) - len(summaries)
+            write_csv(out / "cost.csv", cost(METHODS, cells.prepare("easy", args.work)[1]))
+        files.write_text(out / "tables.md", report(rows, evaluations, read_csv(out / "cost.csv")))
+        figures.draw(rows, curves, evaluations, out)
+    failed = len(unique_cells) - len(summaries)
     if failed:
         print(f"{failed} cells failed", file=sys.stderr)
     return 1 if failed else 0

@@ -1,92 +1,231 @@
-"""Markdown tables from the rows of results.csv and cost.csv, for compare.py.
+"""Markdown tables from the rows of results.csv, frontier.csv and cost.csv, for compare.py.
 
-Means are over n seeds, with 95% bootstrap intervals over seeds. With so few seeds the intervals are rough. Runs of one
-seed share their base and their prompts, so the difference between two methods is taken seed by seed.
+A number is a mean over n seeds with its 95% t-interval. Runs of one seed share their base and their prompts, so two
+runs are compared seed by seed: the mean of the differences with its t-interval, and in how many seeds the difference is
+positive. A * says that the difference stays significant (5%) after Holm's correction over all comparisons of the
+question, in all of its settings and in both columns.
 """
 
 import statistics
-import sys
-from pathlib import Path
 
-import torch
+from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+NOTE = (
+    "Means over n seeds with 95% t-intervals. Differences are taken seed by seed; * marks those that stay significant "
+    "(5%) after Holm's correction over all comparisons of the question."
+)
+LEVELS = (0.2, 0.22, 0.24, 0.26)  # of mean@64, in the table of the frontier
 
-from harness.evaluation import bootstrap
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
-    """Mean and 95% bootstrap interval over seeds. One seed has no interval."""
-
-    def shown(value):
-        return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no "-0.000"
-
+    """Mean and half the width of its 95% t-interval. One value has no interval."""
+    mean = statistics.fmean(values)
+    shown = f"{round(mean, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no "-0.000"
     if len(values) == 1:
-        return shown(values[0])
-    low, high = bootstrap(torch.tensor(values, dtype=torch.float32))
-    return f"{shown(statistics.fmean(values))} [{shown(low)}, {shown(high)}]"
+        return shown
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{shown} ± {half:.{digits}f}"
+
+
+def p_value(differences: list[float]) -> float:
+    """Two-sided p of a t-test that the mean of the differences is 0. Without any spread: 1 if all are 0, else 0."""
+    if len(differences) < 2:
+        return 1.0
+    if statistics.stdev(differences) == 0:
+        return float(differences[0] == 0)
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(p_values: list[float]) -> list[bool]:
+    """Which of these tests stay significant at 5% after Holm's correction."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    significant = [False] * len(p_values)
+    for rank, i in enumerate(order):
+        if p_values[i] > 0.05 / (len(p_values) - rank):
+            break
+        significant[i] = True
+    return significant
+
+
+def by_seed(rows: list[dict], reference: list[dict], name: str) -> list[float]:
+    """The differences between runs of the same seed."""
+    of_reference = {row["seed"]: row[name] for row in reference}
+    return [row[name] - of_reference[row["seed"]] for row in rows if row["seed"] in of_reference]
 
 
 def first_time(values: list[float | None], scale: float = 1) -> str:
     """Steps or tokens until something happened. It may not have happened in every run."""
-    reached = [v / scale for v in values if v is not None]
+    reached = [value / scale for value in values if value is not None]
     if not reached:
         return "never"
     return interval(reached, 0) + (f" ({len(reached)} of {len(values)} runs)" if len(reached) < len(values) else "")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines)) + "\n"
 
 
-def report(rows: list[dict], costs: list[dict], tokens: int) -> str:
-    """All tables, as tables.md and quick.md hold them, from the rows of results.csv and cost.csv."""
-    text = f"Means over n seeds, with 95% bootstrap intervals; {tokens:,} sampled tokens a run.\n\n"
-    text += "".join(tables(rows, question) for question in dict.fromkeys(row["question"] for row in rows))
+def report(rows: list[dict], evaluations: list[dict], costs: list[dict]) -> str:
+    """All tables, as tables.md and quick.md hold them."""
+    text = NOTE + "\n\n"
+    for question in dict.fromkeys(row["question"] for row in rows):
+        text += tables([row for row in rows if row["question"] == question], question)
+        if question == "frontier":
+            text += frontier_table(evaluations)
     if costs:
         lines = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in costs]
         text += "### cost, easy\n\n" + markdown(list(costs[0]), lines)
     return text
 
 
-def tables(rows: list[dict], question: str) -> str:
-    """A question's tables: mean@k in all settings, if there are several, then each setting in detail."""
-    settings: dict[str, dict[str, list[dict]]] = {}  # the runs of each line of a table
+def name_of(row: dict) -> str:
+    """The name of a row's line, such as `egsw P=4.0`."""
+    method = row["method"].removeprefix("more.")
+    return f"{method} {row['variant'] or ''}".replace("weight_temperature", "P").strip()
+
+
+def lines_of(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """The rows by setting and by line of its table."""
+    settings: dict[str, dict[str, list[dict]]] = {}
     for row in rows:
-        if row["question"] == question:
-            label = f"{row['method']} {row['variant']}".replace("weight_temperature", "P").strip()
-            settings.setdefault(row["setting"], {}).setdefault(label, []).append(row)
-    k = max(int(key.rpartition("@")[2]) for row in rows for key in row if key.startswith("after pass@"))
-    mean, text = f"after mean@{k}", ""
+        settings.setdefault(row["setting"], {}).setdefault(name_of(row), []).append(row)
+    return settings
+
+
+def largest_k(row: dict) -> int:
+    """The k of a row's mean@k."""
+    return max(int(name.rpartition("@")[2]) for name, value in row.items() if "mean@" in name and value is not None)
+
+
+def tables(rows: list[dict], question: str) -> str:
+    """A question's tables, from its rows: mean@k in all settings if there are several, then each setting by itself."""
+    settings = lines_of(rows)
+    text = ""
     if len(settings) > 1:
-        lines = [
-            [label, *(interval([r[mean] for r in runs[label]]) if label in runs else "" for runs in settings.values())]
-            for label in dict.fromkeys(label for runs in settings.values() for label in runs)
-        ]
-        text += f"### {question}: mean@{k}\n\n" + markdown(["run", *settings], lines)
-    for setting, runs in settings.items():
-        reference = next(iter(runs))
-        base = {row["seed"]: row[mean] for row in runs[reference]}
-        lines, passes, entropies = [], [], []
-        ks = [key.removeprefix("after ") for key in rows[0] if key.startswith("after pass@")]
-        for label, some in runs.items():
-            gain = [row[mean] - base[row["seed"]] for row in some if row["seed"] in base]
+        names = dict.fromkeys(name for lines in settings.values() for name in lines)
+        cells = []
+        for name in names:
+            found = [lines.get(name, []) for lines in settings.values()]
+            means = [interval([row[f"after mean@{largest_k(row)}"] for row in some]) if some else "" for some in found]
+            cells.append([name, *means])
+        text += f"### {question}: mean@k\n\n" + markdown(["run", *settings], cells)
 
-            def column(key, some=some):
-                return [row[key] for row in some]
+    comparisons = []  # (setting, name of the line, metric) of every difference in the tables
+    for setting, lines in settings.items():
+        reference, *others = lines
+        k = largest_k(lines[reference][0])
+        comparisons += [(setting, name, metric) for name in others for metric in (f"mean@{k}", f"pass@{k}")]
+    p_values = []
+    for setting, name, metric in comparisons:
+        reference = next(iter(settings[setting].values()))
+        p_values.append(p_value(by_seed(settings[setting][name], reference, f"after {metric}")))
+    significant = {which for which, survives in zip(comparisons, holm(p_values), strict=True) if survives}
 
-            versus = interval(gain, sign="+") if gain and label != reference else ""
-            speed = [first_time(column("steps to 0.8")), first_time(column("tokens to 0.8"), 1000)]
-            shape = [interval(column("after length"), 1), interval(column("entropy last"))]
-            lines.append([label, str(len(some)), interval(column(mean)), versus, *speed, *shape])
-            passes.append([label, *(f"{statistics.fmean(column('after ' + key)):.3f}" for key in ks)])
-            keys = ("entropy first", "entropy lowest", "entropy last", "rebound")
-            entropies.append([label, *(interval(column(key), 2 if key == "rebound" else 3) for key in keys)])
-        compared = f"against {reference}, by seed"
-        header = ["run", "n", f"mean@{k}", compared, "steps to 0.8", "1,000 tokens to 0.8", "length", "last entropy"]
-        text += f"### {question}, {setting}\n\n" + markdown(header, lines)
+    for setting, lines in settings.items():
+        text += f"### {question}, {setting}\n\n" + comparison_table(setting, lines, significant)
         if question == "methods":
-            before = (f"{statistics.fmean(row['before ' + key] for row in runs[reference]):.3f}" for key in ks)
-            text += markdown(["run", *ks], [["before", *before], *passes])
-            text += markdown(["run", "first entropy", "lowest", "last", "rebound"], entropies)
+            text += pass_table(lines) + entropy_table(setting, lines)
     return text
+
+
+def comparison_table(setting: str, lines: dict[str, list[dict]], significant: set[tuple]) -> str:
+    """mean@k and pass@k of each line, and its differences from the first line."""
+    reference = next(iter(lines))
+    k = largest_k(lines[reference][0])
+    header = ["run", "n"]
+    for metric in (f"mean@{k}", f"pass@{k}"):
+        header += [metric, f"against {reference}", "higher in"]
+    header += ["length", "last entropy"]
+    cells = []
+    for name, rows in lines.items():
+        line = [name, str(len(rows))]
+        for metric in (f"mean@{k}", f"pass@{k}"):
+            line.append(interval([row[f"after {metric}"] for row in rows]))
+            differences = by_seed(rows, lines[reference], f"after {metric}")
+            if name == reference or not differences:
+                line += ["", ""]
+                continue
+            star = " *" if (setting, name, metric) in significant else ""
+            line.append(interval(differences, sign="+") + star)
+            line.append(f"{sum(d > 0 for d in differences)} of {len(differences)}")
+        line.append(interval([row["after length"] for row in rows], 1))
+        line.append(interval([row["entropy last"] for row in rows]))
+        cells.append(line)
+    return markdown(header, cells)
+
+
+def pass_table(lines: dict[str, list[dict]]) -> str:
+    """pass@k before and after, for each line."""
+    first = next(iter(lines.values()))
+    names = [name for name, value in first[0].items() if name.startswith("after pass@") and value is not None]
+    ks = [name.removeprefix("after ") for name in names]
+    cells = [["before", *(f"{statistics.fmean(row[f'before {k}'] for row in first):.3f}" for k in ks)]]
+    for name, rows in lines.items():
+        cells.append([name, *(f"{statistics.fmean(row[f'after {k}'] for row in rows):.3f}" for k in ks)])
+    return markdown(["run", *ks], cells)
+
+
+def entropy_table(setting: str, lines: dict[str, list[dict]]) -> str:
+    """Speed of learning and entropy, for each line. On Countdown also the entropy by kind of token."""
+    on_countdown = setting.startswith("countdown")
+    header = ["run", "first entropy", "lowest", "last", "rebound"]
+    if on_countdown:
+        header += ["at choices", "elsewhere", "solutions found", "reward over all tokens"]
+    else:
+        header += ["1,000 tokens to 0.8"]
+    cells = []
+    for name, rows in lines.items():
+
+        def column(key: str, digits: int = 3, rows: list[dict] = rows) -> str:
+            values = [row[key] for row in rows if row.get(key) is not None]
+            return interval(values, digits) if values else ""
+
+        line = [name, column("entropy first"), column("entropy lowest"), column("entropy last"), column("rebound", 2)]
+        if on_countdown:
+            line += [column("after entropy at choices"), column("after entropy elsewhere")]
+            line += [column("after solutions found"), column("mean reward")]
+        else:
+            line.append(first_time([row["tokens to 0.8"] for row in rows], 1000))
+        cells.append(line)
+    text = markdown(header, cells)
+    if on_countdown:
+        row = next(iter(lines.values()))[0]
+        text += (f"Before training, the entropy is {row['before entropy at choices']:.3f} nats at choices and "
+                 f"{row['before entropy elsewhere']:.3f} elsewhere.\n\n")  # fmt: skip
+    return text
+
+
+def frontier_points(evaluations: list[dict]) -> dict[str, list[dict]]:
+    """By method: a point for each learning rate, length of training and evaluation on the way, with the means over
+    seeds of mean@64 and pass@64."""
+    groups: dict[str, dict[tuple, list[dict]]] = {}
+    for row in evaluations:
+        if row["question"] in ("frontier", "neighbours") and row["setting"] == "countdown" and row["evaluation"] > 0:
+            of_method = groups.setdefault(row["method"].removeprefix("more."), {})
+            of_method.setdefault((row["variant"], row["evaluation"]), []).append(row)
+    points: dict[str, list[dict]] = {}
+    for method, found in groups.items():
+        points[method] = []
+        for (variant, number), rows in found.items():
+            means = {metric: statistics.fmean(row[metric] for row in rows) for metric in ("mean@64", "pass@64")}
+            points[method].append({"variant": variant, "evaluation": number, **means})
+    return points
+
+
+def frontier_table(evaluations: list[dict]) -> str:
+    """The highest pass@64 of each method among its points that reach a level of mean@64."""
+    cells = []
+    for method, points in frontier_points(evaluations).items():
+        line = [method, str(len(points))]
+        for level in LEVELS:
+            reached = [point["pass@64"] for point in points if point["mean@64"] >= level]
+            line.append(f"{max(reached):.3f}" if reached else "not reached")
+        cells.append(line)
+    header = ["method", "points", *(f"mean@64 of {level} or more" for level in LEVELS)]
+    return "### frontier, countdown: the highest pass@64 at\n\n" + markdown(header, cells)

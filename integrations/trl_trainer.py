@@ -7,7 +7,9 @@ TRL's advantages are replaced right after generation, while groups are whole. Th
 EGSW's weights are a factor of its advantages. So they do not multiply a KL, which TRL adds to the loss later.
 """
 
+from collections.abc import Callable
 from inspect import signature
+from typing import Any
 
 import torch
 from trl import GRPOTrainer
@@ -20,6 +22,21 @@ SETTINGS = {  # for GRPOConfig: with these TRL's loss is that of the script, at 
     "gtpo": COMMON | dict(loss_type="dapo", importance_sampling_level="token", epsilon_high=0.28),
     "grpo_s": COMMON | dict(loss_type="grpo", importance_sampling_level="sequence", epsilon_high=0.28),
 }
+
+
+def trl_reward(function: Callable[[str, dict], float]) -> Callable[..., list[float]]:
+    """TRL's form of a --reward function (completion, row) -> float. The row has the columns of the data set."""
+
+    def reward(prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
+        rewards = []
+        for i, completion in enumerate(completions):
+            text = completion if isinstance(completion, str) else completion[-1]["content"]  # of a chat: its last turn
+            row = {name: values[i] for name, values in columns.items() if isinstance(values, list)}
+            rewards.append(float(function(text, row)))
+        return rewards
+
+    reward.__name__ = getattr(function, "__name__", "reward")  # TRL logs under this name
+    return reward
 
 
 class EntropyGRPOTrainer(GRPOTrainer):

@@ -17,6 +17,7 @@ teach it to choose.
 
 import argparse
 import json
+import os
 import random
 import re
 import shlex
@@ -43,7 +44,8 @@ RECIPE: dict[str, Any] = dict(steps=1500, batch_size=48, lr=4e-3, warmup=30, sol
 
 # --- the reward -------------------------------------------------------------------------------------------------------
 
-STEP = re.compile(r"(?P<left>[0-9]+)(?P<operator>[-+*])(?P<right>[0-9]+)=(?P<result>[0-9]+)")  # such as 12*3=36
+NUMBER = "0|[1-9][0-9]{0,8}"
+STEP = re.compile(f"(?P<left>{NUMBER})(?P<operator>[-+*])(?P<right>{NUMBER})=(?P<result>{NUMBER})")  # such as 12*3=36
 
 
 def apply(left: int, operator: str, right: int) -> int:
@@ -124,6 +126,26 @@ def question(numbers: list[int], target: int) -> str:
     return " ".join(map(str, numbers)) + f"={target}?"
 
 
+def parse(text: str) -> tuple[list[int], int]:
+    """Numbers and target of a question."""
+    numbers, _, target = text.rstrip("?").partition("=")
+    return [int(number) for number in numbers.split()], int(target)
+
+
+def choice_positions(completion: str) -> list[int]:
+    """The places of the characters at which a completion chooses: the operators, and the numbers that come from the
+    question. The other characters follow from these. Steps that cannot be read have none."""
+    positions: list[int] = []
+    start = 0
+    for i, text in enumerate(completion.split("\n")):
+        step = STEP.fullmatch(text)
+        if step is not None:
+            first = step.start("left") if i == 0 else step.start("operator")
+            positions += range(start + first, start + step.end("right"))
+        start += len(text) + 1
+    return positions
+
+
 def questions(n: int, seed: int, held_out: bool) -> list[dict]:
     """n rows {"question", "numbers", "target"} of one side of the split, the same ones for the same seed. No two have
     the same target and, in any order, the same numbers. ValueError if there are fewer than n."""
@@ -184,17 +206,18 @@ def base(path: Path, recipe: dict | None = None, shape: dict | None = None) -> P
     return tiny.build(path, {"recipe": recipe, "model": {**tiny.MODEL, **(shape or {})}, "task": task}, train)
 
 
-def prepare(out: Path) -> list[str]:
-    """Makes base and data in the folder `out`, if they are missing. Returns the options of a script that name them."""
+def prepare(out: Path, recipe: dict | None = None, shape: dict | None = None) -> list[str]:
+    """Makes base and data in the folder `out`, if they are missing. Returns the options of a script that name them.
+    recipe and shape: see `base`."""
     out.mkdir(parents=True, exist_ok=True)
     for name, n, held_out in (("train", N_TRAIN, False), ("test", N_TEST, True)):
         rows = questions(n, 0, held_out)
         files.write_text(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return [
-        "--model", str(base(out / "base")),
+        "--model", str(base(out / "base", recipe, shape)),
         "--dataset", str(out / "train.jsonl"),
         "--eval-dataset", str(out / "test.jsonl"),
-        "--reward", f"{Path(__file__)}:reward",
+        "--reward", f"{os.path.relpath(__file__)}:reward",
         "--max-new-tokens", str(MAX_NEW_TOKENS),
     ]  # fmt: skip
 

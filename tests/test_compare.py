@@ -1,14 +1,17 @@
-"""experiments/compare.py: which cells run, and what its files say about them."""
+"""The experiments: which cells run, what they give, and what the tables say about them."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, script
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import cells
 import compare
 import tables
 
@@ -20,13 +23,31 @@ def work(toy, tmp_path, monkeypatch):
     """A work folder in which a cell takes a few seconds: the toy base, chains of two terms, two short steps."""
     recipe = json.loads((toy / "manifest.json").read_text())["recipe"]
     recipe = {key: value for key, value in recipe.items() if value != tiny.RECIPE[key]}
-    monkeypatch.setattr(compare, "SETTINGS", {"easy": dict(recipe=recipe, terms=(2, 2), max_new_tokens=12)})
-    monkeypatch.setattr(compare, "TOKENS", 1500)
-    monkeypatch.setattr(compare, "TRAIN_ROWS", 60)  # there are not many more chains of two terms
-    monkeypatch.setattr(compare, "EVALUATION", dict(eval_rows=8, eval_k=2))
+    small = dict(max_new_tokens=12, eval_k=2, n_prompts=8)
+    monkeypatch.setitem(cells.SETTINGS, "easy", dict(recipe=recipe, terms=(2, 2), options=small))
+    monkeypatch.setattr(cells, "TOKENS", 600)
+    monkeypatch.setattr(cells, "TRAIN_ROWS", 60)  # there are not many more chains of two terms
+    monkeypatch.setattr(cells, "EVAL_ROWS", 8)
     monkeypatch.setattr(compare, "METHODS", ("grpo", "gtpo"))
+    monkeypatch.setattr(cells, "start", lambda *arguments: ThisProcess(cells.run_cell, arguments))
     shutil.copytree(toy, tmp_path / "work" / "-".join(["base", *(f"{k}={v}" for k, v in recipe.items())]))
     return tmp_path / "work"
+
+
+class ThisProcess:
+    """Runs a cell in this process, so that it sees what a test has changed."""
+
+    def __init__(self, function, arguments):
+        self.exitcode = 0
+        argv = sys.argv
+        try:
+            function(*arguments)
+        except SystemExit as stop:
+            self.exitcode = stop.code
+        sys.argv = argv
+
+    def is_alive(self):
+        return False
 
 
 def run_folder(path, rewards, entropies):
@@ -46,7 +67,7 @@ def run_folder(path, rewards, entropies):
 
 def test_the_summary_has_the_numbers_of_the_run(tmp_path):
     entropies = [0.5] * 10 + [0.1] * 9 + [0.3]
-    s = compare.summarise(run_folder(tmp_path / "run", [0.5] * 10 + [1.0] * 10, entropies))
+    s = cells.summarise(run_folder(tmp_path / "run", [0.5] * 10 + [1.0] * 10, entropies))
     assert (s["steps"], s["tokens"]) == (20, 2000)
     # The mean of 5 steps is 0.8 with 3 of them at 1 and 2 at 0.5: three steps after the tenth.
     assert (s["steps to 0.8"], s["tokens to 0.8"]) == (13, 1300)
@@ -54,57 +75,82 @@ def test_the_summary_has_the_numbers_of_the_run(tmp_path):
     assert s["entropy lowest"] == pytest.approx(0.1)
     assert s["entropy last"] == pytest.approx(0.2)
     assert s["rebound"] == pytest.approx(2.0)
+    assert s["mean reward"] == pytest.approx(0.75)
     assert (s["before mean@2"], s["after mean@2"], s["after pass@2"]) == (0.25, 0.75, 1.0)
 
 
 def test_a_run_that_stays_below_reaches_0_8_never(tmp_path):
-    s = compare.summarise(run_folder(tmp_path / "run", [0.5, 0.9] * 6, [0.1] * 12))
+    s = cells.summarise(run_folder(tmp_path / "run", [0.5, 0.9] * 6, [0.1] * 12))
     assert s["steps to 0.8"] is None and s["tokens to 0.8"] is None
     assert tables.first_time([None, None]) == "never"
-    assert tables.first_time([20.0, None, 20.0]) == "20 [20, 20] (2 of 3 runs)"
+    assert tables.first_time([20.0, None, 20.0]) == "20 ± 0 (2 of 3 runs)"
 
 
 def test_a_falling_entropy_has_not_rebounded(tmp_path):
-    s = compare.summarise(run_folder(tmp_path / "run", [0.5] * 20, [1 / i for i in range(1, 21)]))
+    s = cells.summarise(run_folder(tmp_path / "run", [0.5] * 20, [1 / i for i in range(1, 21)]))
     assert s["rebound"] < 1
 
 
-def test_the_curve_stands_at_equal_numbers_of_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "TOKENS", 3000)
-    points = compare.curve(run_folder(tmp_path / "run", [i / 30 for i in range(30)], [0.1] * 30))
+def test_the_curve_stands_at_equal_numbers_of_tokens(tmp_path):
+    points = cells.curve(run_folder(tmp_path / "run", [i / 30 for i in range(30)], [0.1] * 30), 3000)
     assert [p["tokens"] for p in points] == [100 * i for i in range(1, 31)]
     assert points[0]["reward"] == 0 and points[-1]["length"] == pytest.approx(295)
 
 
-def test_an_interval_spans_the_mean_and_is_left_out_for_one_seed():
+def test_an_interval_is_that_of_students_t_and_is_left_out_for_one_seed():
     assert tables.interval([0.5]) == "0.500"
-    assert tables.interval([-0.0001, 0.0], sign="+") == "+0.000 [+0.000, +0.000]"
-    assert tables.interval([0.5, 0.5, 0.5]) == "0.500 [0.500, 0.500]"
-    mean, low, high = (float(x.strip("[],")) for x in tables.interval([0.1, 0.2, 0.3, 0.4, 0.5]).split())
-    assert 0.1 < low < mean == 0.3 < high < 0.5
+    assert tables.interval([-0.0001, 0.0], sign="+") == "+0.000 ± 0.001"
+    # 5 values with standard deviation 0.158: 2.776 * 0.158 / sqrt(5)
+    assert tables.interval([0.1, 0.2, 0.3, 0.4, 0.5]) == "0.300 ± 0.196"
+
+
+def test_holm_stops_at_the_first_test_that_fails():
+    assert tables.holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.05/3, then 0.05/2
+    assert tables.holm([0.01, 0.02, 0.05]) == [True, True, True]
+    assert tables.holm([0.02, 0.001]) == [True, True]
+    assert tables.holm([]) == []
+
+
+def test_p_is_two_sided_and_knows_differences_without_spread():
+    assert tables.p_value([0.1, 0.2, 0.3]) == pytest.approx(0.0742, abs=1e-4)
+    assert tables.p_value([-0.1, -0.2, -0.3]) == tables.p_value([0.1, 0.2, 0.3])
+    assert tables.p_value([0.0, 0.0]) == 1.0 and tables.p_value([0.1, 0.1]) == 0.0 and tables.p_value([0.1]) == 1.0
 
 
 def test_a_table_compares_seed_by_seed(tmp_path):
-    summary = compare.summarise(run_folder(tmp_path / "run", [0.5] * 20, [0.1] * 20))
+    summary = cells.summarise(run_folder(tmp_path / "run", [0.5] * 20, [0.1] * 20))
     rows = []
     for method, gain in (("grpo", 0.0), ("gtpo", 0.125)):
-        for seed in (0, 1):
+        for seed in (0, 1, 2):
             about = dict(question="methods", setting="easy", method=method, variant="", options="", seed=seed)
-            rows.append(about | summary | {"after mean@2": 0.25 + 0.5 * seed + gain})
+            mean = 0.25 + 0.25 * seed + gain + (0.01 * seed if gain else 0.0)
+            rows.append(about | summary | {"after mean@2": mean, "after pass@2": 0.5})
     text = tables.tables(rows, "methods")
-    assert "| grpo | 2 | 0.500 [0.250, 0.750] |  | never |" in text
-    assert "| gtpo | 2 | 0.625 [0.375, 0.875] | +0.125 [+0.125, +0.125] | never |" in text
+    assert "| grpo | 3 | 0.500 ± 0.621 |  |  | 0.500 ± 0.000 |  |  |" in text
+    assert "| gtpo | 3 | 0.635 ± 0.646 | +0.135 ± 0.025 * | 3 of 3 | 0.500 ± 0.000 | +0.000 ± 0.000 | 0 of 3 |" in text
     assert "| before | 0.250 | 0.500 |" in text
     text = tables.tables([*rows, {**rows[0], "setting": "trap"}], "methods")
-    assert text.startswith("### methods: mean@2\n\n| run | easy | trap |\n")
-    assert "| grpo | 0.500 [0.250, 0.750] | 0.250 |\n| gtpo | 0.625 [0.375, 0.875] |  |\n" in text
+    assert text.startswith("### methods: mean@k\n\n| run | easy | trap |\n")
+    assert "| grpo | 0.500 ± 0.621 | 0.250 |\n| gtpo | 0.635 ± 0.646 |  |\n" in text
+
+
+def test_the_frontier_is_the_best_pass_at_64_among_points_that_reach_a_level():
+    rows = []
+    for variant, points in (("lr=1", [(0.2, 0.9), (0.23, 0.7)]), ("lr=2", [(0.24, 0.6), (0.22, 0.8)])):
+        for seed in (0, 1):
+            for number, (mean, best) in enumerate([(0.18, 0.95), *points]):
+                about = dict(question="frontier", setting="countdown", method="egsw", variant=variant, seed=seed)
+                rows.append({**about, "evaluation": number, "mean@64": mean + 0.001 * seed, "pass@64": best})
+    assert "| egsw | 4 | 0.900 | 0.800 | 0.600 | not reached |" in tables.frontier_table(rows)
 
 
 @pytest.mark.parametrize("name, markdown", [("results", "tables"), ("quick", "quick")])
 def test_the_committed_tables_say_what_the_committed_csv_says(name, markdown):
     folder = ROOT / "experiments"
-    costs = compare.read_csv(folder / "cost.csv") if name == "results" else []
-    expected = tables.report(compare.read_csv(folder / f"{name}.csv"), costs, compare.TOKENS)
+    quick = name == "quick"
+    evaluations = [] if quick else compare.read_csv(folder / "frontier.csv")
+    costs = [] if quick else compare.read_csv(folder / "cost.csv")
+    expected = tables.report(compare.read_csv(folder / f"{name}.csv"), evaluations, costs)
     assert (folder / f"{markdown}.md").read_text() == expected
 
 
@@ -127,44 +173,101 @@ def test_rows_survive_the_csv(tmp_path):
         rows[0], {**rows[1], "x": 0.333333}]  # fmt: skip
 
 
+def test_rows_about_the_same_are_replaced_and_stand_in_the_order_of_the_plan(tmp_path):
+    def row(method, seed, x):
+        return dict(question="methods", setting="easy", method=method, variant="", seed=seed, x=x)
+
+    path = tmp_path / "rows.csv"
+    compare.update(path, [row("gtpo", 0, 1), row("grpo", 1, 2), {**row("grpo", 0, 9), "method": "no such method"}])
+    rows = compare.update(path, [row("grpo", 0, 3), row("gtpo", 0, 4), row("gtpo", 0, 5)])
+    assert [(r["method"], r["seed"], r["x"]) for r in rows] == [
+        ("grpo", 0, 3), ("grpo", 1, 2), ("gtpo", 0, 4), ("gtpo", 0, 5)]  # fmt: skip
+
+
 def test_questions_share_cells_and_every_option_exists():
-    default = compare.new_cell("easy", "egsw", {}, 0)
-    assert compare.new_cell("easy", "egsw", dict(alpha=0.5, weight_temperature=2.0), 0) == default
+    default = cells.new_cell("easy", "egsw", {}, 0)
+    assert cells.new_cell("easy", "egsw", dict(alpha=0.5, weight_temperature=2.0), 0) == default
+    assert cells.new_cell("countdown", "egsw", dict(lr=6e-4), 0) == cells.new_cell("countdown", "egsw", {}, 0)
     for question in compare.SEEDS:
-        cells = [compare.new_cell(*line, 0) for line in compare.plan(question)]
-        assert len(set(cells)) == len(cells)
+        planned = [cells.new_cell(*line, 0) for line in compare.plan(question)]
+        assert planned and len(set(planned)) == len(planned), question
+
+
+def test_a_result_stays_valid_when_a_script_gets_a_new_option(tmp_path):
+    cell = cells.new_cell("easy", "grpo", {}, 0)
+    stored = cells.identity(cell)
+    del stored["config"]["cuda_graphs"]
+    folder = tmp_path / cells.name_of(cell)
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
+    assert cells.finished(cell, tmp_path) == {"steps": 1}
+    stored["config"]["clip_low"] = 0.3
+    (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
+    assert cells.finished(cell, tmp_path) is None
 
 
 @pytest.mark.slow
 def test_cells_run_once_until_their_options_change(work, tmp_path, monkeypatch, capfd):
-    arguments = ["--quick", "--seeds", "1", "--jobs", "2", "--work", str(work)]
+    arguments = ["--only", "methods", "--settings", "easy", "--seeds", "0", "1", "--work", str(work)]
     out = tmp_path / "out"
     out.mkdir()
     assert compare.main(arguments, out) == 0
-    first = {name: (out / name).read_bytes() for name in ("quick.csv", "quick.md")}
-    rows = compare.read_csv(out / "quick.csv")
+    first = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"}
+    assert {"results.csv", "curves.csv", "tables.md"} == set(first)
+    rows = compare.read_csv(out / "results.csv")
     assert [(r["method"], r["seed"]) for r in rows] == [("grpo", 0), ("gtpo", 0)]
-    assert all(r["tokens"] >= 1500 and 0 <= r["after mean@2"] <= 1 for r in rows)
+    assert all(r["tokens"] >= 600 and 0 <= r["after mean@2"] <= 1 for r in rows)
     assert not list(work.glob("easy-*/model")) and len(list(work.glob("easy-*/summary.json"))) == 2
 
     capfd.readouterr()
     assert compare.main(arguments, out) == 0
     assert "2 cells, 2 of them finished before" in capfd.readouterr().out
-    assert {name: (out / name).read_bytes() for name in first} == first
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == first
 
-    cells = [compare.new_cell("easy", "grpo", {}, 0), compare.new_cell("easy", "gtpo", {}, 0)]
-    monkeypatch.setattr(compare, "TOKENS", 1501)
-    assert all(compare.finished(cell, work) is None for cell in cells)
-    monkeypatch.setattr(compare, "TOKENS", 1500)
+    planned = [cells.new_cell("easy", "grpo", {}, 0), cells.new_cell("easy", "gtpo", {}, 0)]
+    monkeypatch.setattr(cells, "TOKENS", 601)
+    assert all(cells.finished(cell, work) is None for cell in planned)
+    monkeypatch.setattr(cells, "TOKENS", 600)
     # An interrupted cell starts again and gives the same numbers. A cell that fails does not stop the other.
-    (work / compare.name_of(cells[0]) / "summary.json").unlink()
-    bad = compare.new_cell("easy", "gtpo", dict(alpha2=-1.0), 0)
-    summaries = compare.run_cells([cells[0], bad], work, 2)
-    assert list(summaries) == [cells[0]] and summaries[cells[0]]["steps"] == rows[0]["steps"]
+    (work / cells.name_of(planned[0]) / "summary.json").unlink()
+    bad = cells.new_cell("easy", "gtpo", dict(alpha2=-1.0), 0)
+    summaries = cells.run_cells([planned[0], bad], work, 2)
+    assert list(summaries) == [planned[0]] and summaries[planned[0]]["steps"] == rows[0]["steps"]
     assert "gtpo-alpha2=-1.0-seed=0: FAILED (exit status 2)" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--jobs", "0"], ["--only", "nothing"], ["--quick", "--only", "gtpo"]])
+@pytest.mark.slow
+def test_a_forked_cell_gives_what_the_script_gives_by_itself(toy, tmp_path):
+    """Through the real server of processes, with the toy base in the place of Countdown's."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "experiments")!r})
+import cells
+cells.EVAL_ROWS = 4
+cell = cells.Cell("easy", "grpo", (("eval_k", 2), ("eval_rows", 4), ("max_new_tokens", 9), ("stop_tokens", 300)), 0)
+inputs = ["--model", {str(toy)!r}]
+if __name__ == "__main__":
+    from pathlib import Path
+    process = cells.start(cell, Path({str(tmp_path)!r}), inputs)
+    process.join()
+    print(cells.name_of(cell))
+"""
+    (tmp_path / "fork.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "fork.py"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / done.stdout.split()[-1]
+    size = "--eval-k 2 --eval-rows 4 --max-new-tokens 9 --stop-tokens 300 --steps 1000 --name alone"
+    alone = script("grpo.py", "--model", str(toy), "--out", str(tmp_path), *size.split(),
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    for name in ("metrics.jsonl", "eval.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+@pytest.mark.parametrize("wrong", [
+    ["--jobs", "0"], ["--only", "nothing"], ["--quick", "--only", "gtpo"], ["--seeds", "3", "3"],
+    ["--settings", "nowhere"],
+])  # fmt: skip
 def test_wrong_options_are_one_line_and_status_2(wrong, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         compare.main([*wrong, "--work", str(tmp_path)])

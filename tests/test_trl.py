@@ -25,7 +25,7 @@ import grpo
 import grpo_s
 from harness import tiny
 from integrations.methods import SCRIPTS
-from integrations.trl_trainer import SETTINGS, EntropyGRPOTrainer
+from integrations.trl_trainer import SETTINGS, EntropyGRPOTrainer, trl_reward
 from verifier import math_reward
 
 pytestmark = pytest.mark.slow
@@ -188,6 +188,19 @@ def test_losses_and_gradients_are_ours(method, options, toy, tmp_path):
     trainer = trained(cls, toy, tmp_path, steps_per_rollout=2, **more)
     check(trainer)
     assert trainer.state.log_history[1]["clip_ratio/region_mean"] > 0.01
+
+
+def test_a_reward_function_of_ones_own_sees_completion_and_row(toy, tmp_path):
+    seen = []
+
+    def short(completion, row):
+        seen.append((completion, row))
+        return 1 / (1 + len(completion))
+
+    trainer = trained(EntropyGRPOTrainer, toy, tmp_path, reward=trl_reward(short), method="gtpo", **SETTINGS["gtpo"])
+    assert "rewards/short/mean" in trainer.state.log_history[0]
+    for completion, row in seen:
+        assert isinstance(completion, str) and set(row) == {"answer"}
 
 
 @pytest.mark.parametrize("loss_type", REDUCTIONS)

@@ -81,6 +81,7 @@ def fake_library(tmp_path, monkeypatch, fresh_worker):
     package = tmp_path / "math_verify"
     package.mkdir()
     (package / "parser.py").write_text("def NormalizationConfig(**options): pass\n")
+    (package / "grader.py").write_text("def sympy_numeric_eq(a, b, *digits): pass\n")
     (package / "__init__.py").write_text(
         "import mmap, os, time\n"
         "def LatexExtractionConfig(*args, **options): pass\n"
@@ -112,9 +113,8 @@ def test_verdicts_agree_with_the_labels():
         if reward != case["reward"]:
             wrong.append((case["reason"], case["completion"][:80], case["answer"], reward))
     false_positives = [w for w in wrong if w[3] == 1]
-    assert len(CASES) >= 220
-    assert len(wrong) <= 0.03 * len(CASES), wrong
-    assert len(false_positives) <= 0.01 * sum(case["reward"] == 0 for case in CASES), false_positives
+    assert not false_positives
+    assert len(wrong) <= 0.02 * len(CASES), wrong
 
 
 @needs_math_verify

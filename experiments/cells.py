@@ -1,0 +1,334 @@
+"""What compare.py runs: cells, each one run of a script with a setting, a method, its options and a seed.
+
+All cells of a setting start from the same base, and all cells of a seed draw the same prompts. A cell ends after TOKENS
+sampled completion tokens, including those that dynamic sampling throws away, and leaves its folder in --work. A
+finished cell runs again only if its options, its setting or the defaults of its script have changed. A cell that
+several questions share runs once. On the same kind of CPU, a second run gives the same numbers.
+
+Each cell is a process with one thread. It is forked from a server that has imported torch and transformers already,
+because importing them takes a third as long as a cell.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import common
+from harness import data, files, tiny
+from tasks import countdown
+
+TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
+TRAIN_ROWS = 4096  # chains of a setting with terms of its own
+LARGE = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3, head_dim=32,
+             intermediate_size=576)  # fmt: skip
+# recipe: what the warm start of the base changes in RECIPE of tiny.py or countdown.py. terms: of the chains to train
+# and to evaluate on. options: of the scripts.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "countdown": dict(recipe={}, options=dict(max_new_tokens=24, lr=6e-4, eval_k=64)),
+    "countdown-large": dict(recipe=dict(lr=2e-3), shape=LARGE, options=dict(max_new_tokens=24, lr=3e-4, eval_k=64)),
+    "easy": dict(recipe={}, terms=None, options=dict(max_new_tokens=64, eval_k=32)),
+    "trap": dict(recipe=dict(guess=0.5), terms=None, options=dict(max_new_tokens=64, eval_k=32)),
+    "long": dict(recipe={}, terms=(6, 8), options=dict(max_new_tokens=96, eval_k=32)),
+}
+EVAL_ROWS = 256
+CURVE_POINTS = 30
+SCORED_SAMPLES = 8  # per problem, for the entropy at choices
+
+
+class Cell(NamedTuple):
+    setting: str
+    method: str  # the module of its script
+    options: tuple  # pairs (name, value) that are neither the script's defaults nor the setting's
+    seed: int
+
+
+# --- what a cell is ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def defaults(method: str) -> dict:
+    """The defaults of a script's options."""
+    return {field.name: field.default for field in dataclasses.fields(importlib.import_module(method).Config)}
+
+
+def new_cell(setting: str, method: str, options: dict, seed: int) -> Cell:
+    """The same cell for the same run, also if an option is given that is the default anyway."""
+    usual = {**defaults(method), **SETTINGS[setting]["options"]}
+    changed = {name: value for name, value in options.items() if usual[name] != value}
+    return Cell(setting, method, tuple(sorted(changed.items())), seed)
+
+
+def name_of(cell: Cell) -> str:
+    options = [f"{name}={value}" for name, value in cell.options]
+    return "-".join([cell.setting, cell.method, *options, f"seed={cell.seed}"])
+
+
+def config_of(cell: Cell) -> dict:
+    """All options of the cell's script, except where its inputs and outputs are."""
+    fixed = {"eval_rows": EVAL_ROWS, "seed": cell.seed, "stop_tokens": TOKENS}
+    return {**defaults(cell.method), **fixed, **SETTINGS[cell.setting]["options"], **dict(cell.options)}
+
+
+def identity(cell: Cell) -> dict:
+    """Everything that decides the cell's result, except the code. It is stored with the result."""
+    setting = SETTINGS[cell.setting]
+    task = countdown if cell.setting.startswith("countdown") else tiny
+    recipe = {**task.RECIPE, **setting["recipe"]}
+    model = {**tiny.MODEL, **setting.get("shape", {})}
+    found = {"method": cell.method, "recipe": recipe, "model": model, "terms": setting.get("terms"),
+             "rows": TRAIN_ROWS, "config": config_of(cell)}  # fmt: skip
+    return json.loads(json.dumps(found))
+
+
+def finished(cell: Cell, work: Path) -> dict | None:
+    """The summary of a cell, if it has been run to its end with the same identity as now."""
+    try:
+        stored = json.loads((work / name_of(cell) / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    now = identity(cell)
+    # An option that is newer than the result was, in effect, at its default.
+    stored["identity"]["config"] = {**now["config"], **stored["identity"]["config"]}
+    return stored["summary"] if stored["identity"] == now else None
+
+
+def prepare(name: str, work: Path) -> list[str]:
+    """A setting's base and data, as options of a script. Makes them if they are missing."""
+    setting = SETTINGS[name]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that the base is the same on every number of cores
+    if name.startswith("countdown"):
+        options = countdown.prepare(work / name, setting["recipe"], setting.get("shape"))
+    else:
+        base_name = "-".join(["base", *(f"{key}={value}" for key, value in setting["recipe"].items())])
+        options = ["--model", str(tiny.base(work / base_name, setting["recipe"]))]
+        if setting["terms"]:
+            for flag, n, held_out in (("--dataset", TRAIN_ROWS, False), ("--eval-dataset", EVAL_ROWS, True)):
+                path = work / f"{name}{'-held-out' if held_out else ''}.jsonl"
+                rows = tiny.problems(n, 0, held_out, *setting["terms"])
+                files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+                options += [flag, str(path)]
+    torch.set_num_threads(threads)
+    return options
+
+
+def command_line(options) -> list[str]:
+    """Pairs of name and value, as arguments of a script."""
+    result = []
+    for name, value in options:
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            result.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            result += [f"--{flag}", str(value)]
+    return result
+
+
+# --- running cells ----------------------------------------------------------------------------------------------------
+
+
+def run_cell(cell: Cell, work: Path, inputs: list[str]) -> None:
+    """Runs the cell's script from its beginning, in this process, and writes summary.json. What the script prints goes
+    to <cell>.log."""
+    torch.set_num_threads(1)
+    folder = work / name_of(cell)
+    shutil.rmtree(folder, ignore_errors=True)
+    options = {"eval_rows": EVAL_ROWS, "stop_tokens": TOKENS, **SETTINGS[cell.setting]["options"], **dict(cell.options)}
+    fixed = {"out": work, "name": folder.name, "steps": 1_000_000, "seed": cell.seed, "log_completions": 0}
+    script = importlib.import_module(cell.method)
+    sys.argv = [str(script.__file__), *inputs, *command_line([*fixed.items(), *options.items()]), "--no-save-plots"]
+    with (
+        open(work / f"{folder.name}.log", "w") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        script.main()
+        summary = summarise(folder)
+        if cell.setting.startswith("countdown"):
+            base = inputs[inputs.index("--model") + 1]
+            for when, model in (("before", base), ("after", str(folder / "model"))):
+                summary |= {f"{when} {key}": value for key, value in entropies(model).items()}
+            summary["after solutions found"] = solutions_found(folder)
+    for large in (folder / "model", *folder.glob("checkpoint-*")):
+        shutil.rmtree(large)
+    for large in folder.glob("*completions.jsonl"):
+        large.unlink()
+    stored = {"identity": identity(cell), "summary": summary}
+    files.write_text(folder / "summary.json", json.dumps(stored, indent=1) + "\n")
+
+
+def start(cell: Cell, work: Path, inputs: list[str]):
+    """Starts a cell in a process of its own."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cells", "transformers.models.qwen3", "datasets", "grpo"])
+    process = context.Process(target=run_cell, args=(cell, work, inputs))
+    process.start()
+    return process
+
+
+def run_cells(cells: list[Cell], work: Path, jobs: int) -> dict[Cell, dict]:
+    """Runs the cells that are not finished, `jobs` at a time. Returns the summaries; a cell that failed has none."""
+    summaries = {cell: finished(cell, work) for cell in cells}
+    waiting = [cell for cell, summary in summaries.items() if summary is None]
+    print(f"{len(summaries)} cells, {len(summaries) - len(waiting)} of them finished before", flush=True)
+    inputs = {setting: prepare(setting, work) for setting in dict.fromkeys(cell.setting for cell in waiting)}
+    total = len(waiting)
+    running: dict[Cell, tuple] = {}
+    done = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.pop(0)
+                running[cell] = start(cell, work, inputs[cell.setting]), time.monotonic()
+            time.sleep(0.05)
+            for cell, (process, began) in list(running.items()):
+                if process.is_alive():
+                    continue
+                del running[cell]
+                done += 1
+                summary = finished(cell, work)
+                if summary is None:
+                    log = work / f"{name_of(cell)}.log"
+                    print(f"{name_of(cell)}: FAILED (exit status {process.exitcode}); see {log}", file=sys.stderr)
+                    continue
+                summaries[cell] = summary
+                k = SETTINGS[cell.setting]["options"]["eval_k"]
+                print(f"[{done}/{total}] {name_of(cell)}: mean@{k} {summary[f'before mean@{k}']:.3f} -> "
+                      f"{summary[f'after mean@{k}']:.3f}, pass@{k} {summary[f'after pass@{k}']:.3f}, "
+                      f"{summary['steps']} steps, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
+    finally:
+        for process, _ in running.values():  # the next time the cell starts again, so it need not end well
+            process.kill()
+            process.join()
+    return {cell: summary for cell, summary in summaries.items() if summary}
+
+
+# --- what a run says --------------------------------------------------------------------------------------------------
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Means of each `width` values in a row, from the first `width` on."""
+    return [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
+
+
+def tokens_so_far(folder: Path) -> list[int]:
+    """The completion tokens that were sampled up to the end of each step."""
+    return list(itertools.accumulate(record["tokens"] for record in files.read_lines(folder / "timing.jsonl")))
+
+
+def summarise(folder: Path) -> dict:
+    """The numbers of a run folder that results.csv holds.
+
+    steps to 0.8: the first step at which the mean reward of the last 5 is 0.8 or more (None: never); tokens to 0.8:
+    completion tokens sampled until then. mean reward: over all tokens of training, the area under the curve of the
+    reward. Entropies, in nats, are means over a tenth of the steps: the first tenth, the lowest, and the last. rebound:
+    the last over the lowest of those before it; above 1 the entropy has risen again.
+    """
+    metrics = files.read_lines(folder / "metrics.jsonl")
+    tokens = tokens_so_far(folder)
+    step_tokens = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
+    rewards = [step["reward"] for step in metrics]
+    reached = next((i + 5 for i, reward in enumerate(running_mean(rewards, 5)) if reward >= 0.8), None)
+    width = max(1, len(metrics) // 10)
+    entropy = running_mean([step["entropy"] for step in metrics], width)
+    summary = {
+        "steps": len(metrics),
+        "tokens": tokens[-1],
+        "steps to 0.8": reached,
+        "tokens to 0.8": None if reached is None else tokens[reached - 1],
+        "mean reward": sum(r * n for r, n in zip(rewards, step_tokens, strict=True)) / tokens[-1],
+        "entropy first": entropy[0],
+        "entropy lowest": min(entropy),
+        "entropy last": entropy[-1],
+        "rebound": entropy[-1] / max(min(entropy[:-width] or entropy), 1e-9),
+        "skipped updates": sum(step["skipped_updates"] for step in metrics),
+    }
+    evaluations = json.loads((folder / "eval.json").read_text())
+    for when, result in (("before", evaluations[0]), ("after", evaluations[-1])):
+        numbers = {key: value for key, value in result.items() if key != "step" and not key.endswith("_ci")}
+        summary |= {f"{when} {key}": value for key, value in numbers.items()}
+    return summary
+
+
+def entropies(model_folder: str) -> dict[str, float]:
+    """Mean entropy, in nats, at the tokens of Countdown completions at which the model chooses a number or an operator,
+    and at the others (results of arithmetic, copied totals, the end)."""
+    model, tokenizer = data.load_model(model_folder, torch.device("cpu"))
+    prompts = tokenizer([row["question"] for row in countdown.questions(EVAL_ROWS, 0, held_out=True)])["input_ids"]
+    T = SETTINGS["countdown"]["options"]["max_new_tokens"]
+    uniforms = torch.rand(EVAL_ROWS * SCORED_SAMPLES, T, generator=torch.Generator().manual_seed(0))
+    rollout = common.sample(model, prompts, SCORED_SAMPLES, T, data.stop_ids(model, tokenizer), uniforms)
+    is_choice = torch.zeros_like(rollout.mask)
+    for i, ids in enumerate(rollout.completion_ids):
+        text = tokenizer.decode(ids[: int(rollout.mask[i].sum())], skip_special_tokens=True)
+        for position in countdown.choice_positions(text):  # one character is one token
+            is_choice[i, position] = 1.0
+    is_other = rollout.mask - is_choice
+    return {
+        "entropy at choices": float((rollout.entropy * is_choice).sum() / is_choice.sum()),
+        "entropy elsewhere": float((rollout.entropy * is_other).sum() / is_other.sum()),
+    }
+
+
+def solutions_found(folder: Path) -> float:
+    """The mean over Countdown problems of the share of their solutions that the samples of the last evaluation have
+    found."""
+    records = files.read_lines(folder / "eval_completions.jsonl")
+    last_step = records[-1]["step"]
+    found: dict[str, set[str]] = {}
+    for record in records:
+        if record["step"] == last_step and not record.get("greedy"):
+            right = found.setdefault(record["question"], set())
+            if record["reward"] > 0.5:
+                right.add(record["completion"])
+    shares = []
+    for question, right in found.items():
+        numbers, target = countdown.parse(question)
+        solutions = {chain for chain, total in countdown.chains(numbers) if total == target}
+        shares.append(len(right & solutions) / len(solutions))
+    return statistics.fmean(shares)
+
+
+def trajectory(folder: Path) -> list[dict]:
+    """Every evaluation of a run, with the tokens that were sampled until then."""
+    tokens = [0, *tokens_so_far(folder)]
+    points = []
+    for number, result in enumerate(json.loads((folder / "eval.json").read_text())):
+        numbers = {key: value for key, value in result.items() if not key.endswith("_ci")}
+        points.append({"evaluation": number, "tokens": tokens[result["step"]], **numbers})
+    return points
+
+
+def curve(folder: Path, n_tokens: int = TOKENS) -> list[dict]:
+    """Reward, entropy (nats) and length (tokens) of a run's steps at CURVE_POINTS equal numbers of sampled tokens."""
+    metrics = files.read_lines(folder / "metrics.jsonl")
+    tokens = tokens_so_far(folder)
+    names = dict(reward="reward", entropy="entropy", length="completions/mean_length")
+    points = []
+    i = 0
+    for point in range(1, CURVE_POINTS + 1):
+        at = n_tokens * point // CURVE_POINTS
+        first = i
+        while i < len(tokens) - 1 and tokens[i] < at:
+            i += 1
+        some = metrics[first : i + 1]  # from the step that reached the last point to the one that reaches this point
+        means = {name: statistics.fmean(step[key] for step in some) for name, key in names.items()}
+        points.append({"tokens": at, **means})
+    return points

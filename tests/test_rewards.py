@@ -1,0 +1,198 @@
+"""--reward FILE.py:FUNCTION, and the warnings about runs that cannot learn."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, SCRIPTS, call, lines, refused
+
+from harness import health, rewards
+
+OWN = """
+from dataclasses import dataclass
+
+import beside
+
+@dataclass
+class Share:
+    value: float
+
+def length(completion, row):
+    row["answer"] = None
+    return Share(len(completion) / beside.LONGEST).value
+
+def sees_the_row(completion, row):
+    assert row["level"] in (1, 2) and row["question"].endswith("?") and row["tags"] == ["a", "b"]
+    return row["level"] / 2
+
+def raises(completion, row):
+    return 1 / len(row["nothing"])
+
+def nan(completion, row):
+    return float("nan")
+
+def text(completion, row):
+    return "1.0"
+
+def nothing(completion, row):
+    pass
+
+constant = 3
+"""
+
+
+@pytest.fixture()
+def own(tmp_path):
+    """A file of reward functions, and a data file without an answer column."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "beside.py").write_text("LONGEST = 40\n")
+    (folder / "mine.py").write_text(OWN)
+    rows = [{"question": f"{i}+{j}?", "level": 1 + i % 2, "tags": ["a", "b"]} for i in range(1, 9) for j in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_trains_on_a_reward_of_ones_own(name, small, own, tmp_path, monkeypatch):
+    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:length", "--name", "r")
+    call(monkeypatch, name, *flags)
+    rewards_seen = {record["reward"] for record in lines(tmp_path / "r" / "completions.jsonl")}
+    assert all(0 < reward <= 1 for reward in rewards_seen) and len(rewards_seen) > 1
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["reward"] == f"{own}/mine.py:length"
+    evaluations = json.loads((tmp_path / "r" / "eval.json").read_text())
+    assert all(0 < result["reward"] <= 1 for result in evaluations)
+    assert all("row" not in record for record in lines(tmp_path / "r" / "completions.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "egsw"])
+def test_real_valued_rewards_have_a_gradient(name, small, own, tmp_path, monkeypatch):
+    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:length", "--name", "r", "--steps", 1)
+    call(monkeypatch, name, *flags)
+    assert lines(tmp_path / "r" / "metrics.jsonl")[0]["grad_norm"] > 0
+
+
+def test_the_function_sees_the_row_with_all_its_columns(small, own, tmp_path, monkeypatch):
+    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:sees_the_row", "--name", "r")
+    call(monkeypatch, "grpo", *flags)
+    assert {record["reward"] for record in lines(tmp_path / "r" / "completions.jsonl")} <= {0.5, 1.0}
+
+
+@pytest.mark.slow
+def test_resume_and_eval_only_use_the_stored_reward(small, own, tmp_path, monkeypatch):
+    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:length", "--name", "r")
+    call(monkeypatch, "grpo", *flags)
+    call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"), "--steps", "3")
+    assert [0 < step["reward"] < 1 for step in lines(tmp_path / "r" / "metrics.jsonl")] == [True] * 3
+    call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"), "--eval-only")
+    assert "reward" in json.loads((tmp_path / "r" / "eval.json").read_text())[-1]
+
+
+@pytest.mark.parametrize("value, told", [
+    ("{own}/mine.py", "FILE.py:FUNCTION"), ("{own}/mine.txt:length", "FILE.py:FUNCTION"),
+    ("length", "FILE.py:FUNCTION"),
+    ("{own}/none.py:length", "no file"), ("{own}/mine.py:lenght", "no function lenght"),
+    ("{own}/mine.py:constant", "no function constant"),
+])  # fmt: skip
+def test_a_reward_that_does_not_exist_is_refused(value, told, small, own, tmp_path, monkeypatch, capsys):
+    flags = small("--dataset", own / "rows.jsonl", "--reward", value.format(own=own))
+    message = refused(monkeypatch, capsys, tmp_path, *flags)
+    assert "--reward" in message and told in message
+
+
+def test_a_file_that_cannot_be_imported_is_refused_with_its_traceback(small, own, tmp_path, monkeypatch, capsys):
+    (own / "broken.py").write_text("def reward(completion, row):\n    return 1\n\nimport no_such_module\n")
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "grpo", *small("--reward", f"{own}/broken.py:reward"))
+    first, *below = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and first.startswith("error: --reward") and "no_such_module" in first
+    assert below[0].startswith("Traceback") and not list(tmp_path.glob("grpo-*"))
+
+
+@pytest.mark.parametrize("function, told", [
+    ("raises", "KeyError: 'nothing'"), ("nan", "returned nan"), ("text", "returned '1.0'"),
+    ("nothing", "returned None"),
+])  # fmt: skip
+def test_a_function_that_fails_ends_the_run_with_one_line(function, told, small, own, tmp_path, monkeypatch, capsys):
+    call(
+        monkeypatch, "grpo", *small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:length", "--name", "r")
+    )
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(
+            monkeypatch,
+            "grpo",
+            "--resume",
+            str(tmp_path / "r"),
+            "--steps",
+            "3",
+            "--reward",
+            f"{own}/mine.py:{function}",
+        )
+    first, *below = capsys.readouterr().err.strip().partition("error: ")[2].splitlines()
+    assert stop.value.code == 2
+    assert f"mine.py:{function}" in first and told in first and "given the completion '" in first
+    assert f"--resume {tmp_path / 'r'}" in first
+    assert ("in raises" in "".join(below)) == (function == "raises")  # the traceback of the user's code
+    # Nothing is lost that was saved.
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "r" / "checkpoint-2" / "state.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_function_that_fails_in_one_process_ends_all_of_them(small, own, tmp_path):
+    (own / "mine.py").write_text(OWN + "\n\ndef first(completion, row):\n    return 1 / (row['question'] != '1+0?')\n")
+    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:first", "--n-prompts", 32, "--name", "r")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29431",
+               str(ROOT / "grpo.py"), *flags]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("error: --reward") == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_a_long_completion_is_shown_in_part(own):
+    function = rewards.load_function(f"{own}/mine.py:nan")
+    with pytest.raises(rewards.RewardError) as failed:
+        rewards.call("mine.py:nan", function, "x" * 10_000, {})
+    assert len(failed.value.args[0]) < 500
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+WELL = {"completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.5, "reward/parse_failed": 0.0, "entropy": 0.4}
+
+
+@pytest.mark.parametrize("name, option, history", [
+    ("cut_off", "--max-new-tokens", [{"completions/clipped_ratio": 0.31}]),
+    ("no_signal", "--group-size", [{"frac_reward_zero_std": 1.0}] * 3),
+    ("unreadable", "--prompt-template", [{"reward/parse_failed": 0.51}]),
+    ("no_entropy", "--lr", [{}, {"entropy": 0.0039}]),
+])  # fmt: skip
+def test_each_trouble_has_a_warning_that_names_the_option(name, option, history):
+    found = health.find([{**WELL, **metrics} for metrics in history])
+    assert list(found) == [name] and option in found[name] and "\n" not in found[name]
+
+
+@pytest.mark.parametrize("history", [
+    [{}], [{"completions/clipped_ratio": 0.3, "reward/parse_failed": 0.5}], [{"frac_reward_zero_std": 1.0}] * 2,
+    [{"frac_reward_zero_std": 1.0}, {}, {"frac_reward_zero_std": 1.0}, {"frac_reward_zero_std": 1.0}],
+    [{}, {"entropy": 0.0041}],
+])  # fmt: skip
+def test_a_run_within_bounds_has_no_warning(history):
+    assert health.find([{**WELL, **metrics} for metrics in history]) == {}
+
+
+def test_a_warning_is_given_once_also_after_resuming(small, tmp_path, monkeypatch, capsys):
+    flags = small("--name", "w", "--max-new-tokens", 2, "--eval-rows", 0)
+    call(monkeypatch, "grpo", *flags)
+    call(monkeypatch, "grpo", "--resume", str(tmp_path / "w"), "--steps", "4")
+    errors = capsys.readouterr().err
+    assert errors.count("warning: ") == errors.count("were cut off") + errors.count("readable") + errors.count(
+        "no group"
+    )
+    assert errors.count("were cut off") == 1
+    given = [[key for key in step if key == "warning/cut_off"] for step in lines(tmp_path / "w" / "metrics.jsonl")]
+    assert given == [["warning/cut_off"], [], [], []]
