@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
         fail("the picture is drawn with matplotlib: pip install matplotlib")
     suffix = ".html" if args.explorer else ".png"
     out = Path(args.out)
-    out = out if out.suffix == suffix else out.with_name(out.name + suffix)
+    out = out.with_suffix(suffix) if out.suffix in (".png", ".html") else out.with_name(out.name + suffix)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(out.parent, os.W_OK):
