@@ -29,7 +29,7 @@ from integrations.trl_trainer import SETTINGS, EntropyGRPOTrainer
 from verifier import math_reward
 
 pytestmark = pytest.mark.slow
-REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's loss_type: ours
+REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant", "cispo": "token"}  # TRL's loss_type: ours
 
 # Every option of each method, none at its default: a mix-up of two would show.
 OPTIONS = {
