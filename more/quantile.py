@@ -19,8 +19,8 @@ completions learn, and on an easy one only the wrong ones. All others have advan
     A of a right one   +2     0
     A of a wrong one    0    -2.07
 
-It does not use the entropy, but it aims at it: in the paper, wrong completions with a negative advantage make the
-entropy explode early in training, and right ones with a positive advantage make it collapse later.
+It does not use the entropy, but it aims at it: the paper traces both the collapse and the explosion of the entropy to
+the mean as a baseline.
 
 Deviations from the paper, and where its code differs:
  1. b is the paper's quantile, which is a reward that occurs. The paper's code calls torch.quantile, which interpolates:
