@@ -579,7 +579,7 @@ SHARED_DEFAULTS = dict(
     model=None, trust_remote_code=False, gradient_checkpointing=False, fsdp=False, dataset="arithmetic",
     dataset_config=None, train_split="train", eval_dataset=None, eval_split="test", question_column=None,
     answer_column=None, system="Reason step by step, and put your final answer within \\boxed{}.",
-    prompt_template="Question: {question}\nAnswer:", max_prompt_tokens=1024,
+    prompt_template="Question: {question}\nAnswer:", reward=None, max_prompt_tokens=1024,
     n_prompts=32, group_size=8, max_new_tokens=None, temperature=1.0, cuda_graphs=False, rollout_rows=1024,
     steps=60, stop_tokens=None, lr=None, warmup_steps=5, max_grad_norm=1.0, minibatches=1, token_budget=None,
     eval_rows=256, eval_k=8, eval_every=0, eval_only=False,
