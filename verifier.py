@@ -612,7 +612,7 @@ def _serve() -> None:
         parsed_pred = parse(f"\\boxed{{{pred}}}", [config], **options)
         if not parsed_gold or not parsed_pred:
             return "parse_failed"
-        # float_rounding counts decimals. It matters where sympy could not decide: with few of them, 3.14 would equal pi.
+        # float_rounding counts decimals. It matters where sympy cannot decide: with few of them, 3.14 would equal pi.
         equal = verify(parsed_gold, parsed_pred, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None)
         return "correct" if equal else "wrong"
 

@@ -45,7 +45,14 @@ SEEDS = dict(methods=10, frontier=5, parts=5, entropy_terms=5, size=3, sgd=2, ne
 QUESTIONS = (*SEEDS, "cost")
 
 # Each neighbour's own option: its default, and two more values.
-NEIGHBOUR_OPTIONS: list[tuple[str, dict]] = []
+NEIGHBOUR_OPTIONS: list[tuple[str, dict]] = [
+    *(("more.forking", dict(rho=rho)) for rho in (0.2, 0.1, 0.5)),
+    *(("more.cov", dict(share=share)) for share in (2e-4, 0.01, 0.05)),
+    *(("more.cov", dict(kind="kl", share=share)) for share in (2e-4, 0.01, 0.05)),
+    *(("more.entropy_advantage", dict(alpha=alpha)) for alpha in (0.4, 0.1, 1.6)),
+    *(("more.quantile", dict(quantile=quantile)) for quantile in (0.4, 0.2, 0.6)),
+    *(("more.cispo", dict(clip_high=clip_high)) for clip_high in (4.0, 0.28, 1.0)),
+]
 
 Line = tuple[str, str, dict]  # of a table: setting, method, options
 
@@ -103,7 +110,6 @@ def plan(question: str) -> Iterator[Line]:
         for method in METHODS:
             yield "countdown-large", method, {}
         yield "countdown-large", "grpo", dict(reduction="token")
-        yield "countdown-large", "egsw", dict(alpha=0.0)
         yield "countdown-large", "controls", dict(reduction="token") | MATCHED
         yield "countdown-large", "controls", dict(reduction="token", wrong_scale=0.0)
     if question == "sgd":
@@ -113,12 +119,14 @@ def plan(question: str) -> Iterator[Line]:
                 yield setting, method, dict(optimizer="sgd", lr=lr)
     if question == "neighbours":
         for setting in ("countdown", "long"):
-            options = OFTEN if setting == "countdown" else {}
-            for method in ("grpo", *NEIGHBOURS):
-                yield setting, method, options
-            yield setting, "more.cov", dict(kind="kl") | options
-        for method, lr in itertools.product(NEIGHBOURS, (3e-4, 1.2e-3)):
-            yield "countdown", method, dict(lr=lr) | OFTEN
+            often = dict(eval_every=54) if setting == "countdown" else {}
+            yield setting, "grpo", OFTEN if setting == "countdown" else {}
+            yield setting, "grpo", dict(reduction="token", minibatches=4) | often
+            for method in NEIGHBOURS:
+                yield setting, method, often
+            yield setting, "more.cov", dict(kind="kl") | often
+        for method in NEIGHBOURS:
+            yield "countdown", method, dict(lr=2e-4, eval_every=54)
     if question == "neighbour_options":
         for method, options in NEIGHBOUR_OPTIONS:
             yield "countdown", method, options

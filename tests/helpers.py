@@ -1,6 +1,5 @@
 """What several test files use: running scripts, random batches, sampled rollouts, and the plain way to score them."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -19,9 +18,14 @@ import gtpo
 from harness import tiny
 from harness.options import RunConfig
 from harness.trainer import Trainer
+from more import cispo, cov, entropy_advantage, forking, quantile
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"grpo": grpo, "dapo": dapo, "egsw": egsw, "gtpo": gtpo, "grpo_s": grpo_s}
+MORE = {
+    "forking": forking, "cov": cov, "entropy_advantage": entropy_advantage, "quantile": quantile, "cispo": cispo,
+}  # fmt: skip
+METHODS = SCRIPTS | MORE
 T = 9  # tokens of a completion of the toy base, at most
 
 
@@ -35,9 +39,9 @@ def script(name, *options, **keywords):
 
 
 def call(monkeypatch, name, *options):
-    """Runs a script's main() in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
-    importlib.import_module(name).main()
+    """Runs a method's main() in this process."""
+    monkeypatch.setattr(sys, "argv", [METHODS[name].__file__, *options])
+    METHODS[name].main()
 
 
 def lines(path):
@@ -95,10 +99,10 @@ def random_logprobs(mask, seed=1):
 
 
 def token_advantages(name, rewards, entropy, mask, group, **options):
-    """A script's token_advantages. DAPO's needs the limit of the completions, and a soft zone that reaches the rows."""
+    """A method's token_advantages. DAPO's needs the limit of the completions, and a soft zone that reaches the rows."""
     if name == "dapo":
         options = {"max_new_tokens": mask.shape[1], "overlong_cache": 1 / 3} | options
-    return SCRIPTS[name].token_advantages(rewards, entropy, mask, group, **options)
+    return METHODS[name].token_advantages(rewards, entropy, mask, group, **options)
 
 
 # --- rollouts of the toy base -----------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""The five methods once more, in plain loops over rows and tokens, with Python's own floats: slow, and easy to check
-against the papers. The tests compare the scripts with them.
+"""The methods once more, in plain loops over rows and tokens, with Python's own floats: slow, and easy to check
+against the papers. The tests compare the methods with them.
 
 rewards, group: [B]; entropy H, mask: [B, T] tensors, of which a row's first n places are its tokens. Results are lists.
 """
@@ -191,6 +191,53 @@ def grpo_s_advantages(shaped, rewards, group, eps=1e-6):
     for i in range(len(rewards)):
         mean, std = mean_and_std([shaped[j] for j in mates(group, i)])
         result.append((shaped[i] - mean) / (std + eps) if is_mixed(rewards, group, i) else 0.0)
+    return result
+
+
+def forking_tokens(H, A, rho):
+    """[B][T]: at most the share rho of the tokens with an advantage has a higher entropy than a token that is kept."""
+    counted = [float(h) for h_row, a_row in zip(H, A, strict=True) for h, a in zip(h_row, a_row, strict=True) if a]
+
+    def is_kept(h, a):
+        n_higher = sum(other > float(h) for other in counted)
+        return bool(a) and n_higher <= rho * (len(counted) - 1)
+
+    return [[is_kept(h, a) for h, a in zip(h_row, a_row, strict=True)] for h_row, a_row in zip(H, A, strict=True)]
+
+
+def shaped_by_entropy(A, H, mask, alpha, kappa):
+    """A: [B]."""
+    return [[(a + min(alpha * float(h), abs(a) / kappa)) * float(m) for h, m in zip(h_row, m_row, strict=True)]
+            for a, h_row, m_row in zip(A, H, mask, strict=True)]  # fmt: skip
+
+
+def quantile_advantages(rewards, group, K, eps=1e-6):
+    result = []
+    for i in range(len(rewards)):
+        r = [float(rewards[j]) for j in mates(group, i)]
+        baseline = min(x for x in r if sum(y <= x for y in r) / len(r) >= K)
+        _, std = mean_and_std(r)
+        result.append((float(rewards[i]) - baseline) / (std + eps) if max(r) > min(r) else 0.0)
+    return result
+
+
+def cov_chosen(A, logprobs, uniforms, kind, share, lower, upper):
+    """[B][T]. A: [B][T], 0 for padding."""
+    B, T = logprobs.shape
+    counted = [(i, t) for i in range(B) for t in range(T) if A[i][t]]
+    result = [[False] * T for _ in range(B)]
+    if not counted:
+        return result
+    mean_A = sum(A[i][t] for i, t in counted) / len(counted)
+    mean_logprob = sum(float(logprobs[i, t]) for i, t in counted) / len(counted)
+    cov = {(i, t): (A[i][t] - mean_A) * (float(logprobs[i, t]) - mean_logprob) for i, t in counted}
+    if kind == "kl":
+        ranked = sorted(counted, key=lambda token: -cov[token])
+    else:
+        candidates = [token for token in counted if lower < cov[token] < upper]
+        ranked = sorted(candidates, key=lambda token: -float(uniforms[token]))
+    for i, t in ranked[: max(1, int(share * len(counted)))]:
+        result[i][t] = True
     return result
 
 

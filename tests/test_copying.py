@@ -1,4 +1,4 @@
-"""The scripts' functions can be taken elsewhere: they need only torch, and the examples of docs/copying.md run."""
+"""The methods' functions can be taken elsewhere: they need only torch, and the examples of docs/copying.md run."""
 
 import ast
 import importlib
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS
+from helpers import METHODS, ROOT
 from torch import Tensor
 
 BLOCK = """
@@ -35,8 +35,8 @@ NOT_PURE = ("main", "dynamic_sampling")  # these two take a Run
 
 
 def pure_functions(name):
-    """Source of the pure functions of a script, by name."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    """Source of the pure functions of a method, by name."""
+    tree = ast.parse(inspect.getsource(METHODS[name]))
     return {f.name: ast.unparse(f) for f in tree.body if isinstance(f, ast.FunctionDef) and f.name not in NOT_PURE}
 
 
@@ -52,7 +52,7 @@ def run_blocked(code):
 @pytest.mark.slow
 def test_the_examples_run_with_torch_alone():
     setup, *examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(examples) == len(SCRIPTS) + 1 and all(len(e.strip().splitlines()) <= 10 for e in examples)
+    assert len(examples) == len(METHODS) + 1 and all(len(e.strip().splitlines()) <= 10 for e in examples)
     done = run_blocked("".join(setup + e + "assert logprobs.grad.abs().sum() > 0\n" for e in examples))
     assert done.returncode == 0, done.stderr
 
@@ -68,25 +68,28 @@ def test_the_readme_quotes_the_loop_and_an_example_as_they_are():
         assert start in main, line
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_page_shows_every_function_that_is_not_a_helper(name):
     helpers = {"comparison_sets", "over_mean"}  # of gtpo.shaped_rewards and gtpo.advantages
     for function in pure_functions(name).keys() - helpers:
-        assert re.search(rf"^from {name} import .*\b{function}\b", PAGE, re.MULTILINE) or function == "k3", function
+        assert (
+            re.search(rf"^from {METHODS[name].__name__} import .*\b{function}\b", PAGE, re.MULTILINE)
+            or function == "k3"
+        ), function
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_pasted_functions_need_nothing_but_torch(name):
-    """All of a script's functions run in a module that holds torch and Tensor and nothing else."""
+    """All of a method's functions run in a module that holds torch and Tensor and nothing else."""
     pasted = {"torch": torch, "Tensor": Tensor}
     for source in pure_functions(name).values():
         exec(source, pasted)
-    script, rng = importlib.import_module(name), torch.Generator().manual_seed(0)
+    script, rng = METHODS[name], torch.Generator().manual_seed(0)
     given = dict(
         rewards=torch.tensor([1.0, 0, 0, 1, 1, 0]), group=torch.tensor([3, 8, 3, 8, 3, 8]), mask=torch.ones(6, 5),
         lengths=torch.tensor([5.0, 3, 4, 5, 2, 5]), punishment=torch.zeros(6), gamma=0.75, max_length=5, cache=2.0,
         max_new_tokens=5, ratio=torch.ones(6, 5),
-        scope="batch", compare="column", mean="arithmetic",
+        scope="batch", compare="column", mean="arithmetic", chosen=torch.eye(6, 5) > 0,
     )  # fmt: skip
     for key in (
         "entropy",
@@ -97,6 +100,7 @@ def test_pasted_functions_need_nothing_but_torch(name):
         "reward_minus",
         "shaped",
         "values",
+        "uniforms",
     ):
         given[key] = torch.rand(6, 5, generator=rng)
     for function in pure_functions(name):
@@ -104,7 +108,7 @@ def test_pasted_functions_need_nothing_but_torch(name):
         parameters = inspect.signature(wanted).parameters.values()
         options = {p.name: given[p.name] for p in parameters if p.name in given}
         if "advantages" in {p.name for p in parameters}:
-            options["advantages"] = given["rewards"] - 0.5
+            options["advantages"] = (given["rewards"] - 0.5)[:, None].expand(6, 5)
         if function == "advantages" and "shaped" in options:
             options["shaped"] = given["rewards"] * 2 - 1
         torch.testing.assert_close(pasted[function](**options), wanted(**options), rtol=0, atol=0)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SCRIPTS, call, lines, refused
+from helpers import METHODS, ROOT, SCRIPTS, call, lines, refused
 from safetensors.torch import load_file
 
 from harness import distributed
@@ -36,6 +36,7 @@ OWN = {
     "gtpo": ("--minibatches", 2),
     "dapo": ("--eval-rows", 1),
     "egsw": ("--rollout-rows", 8),
+    "cov": ("--minibatches", 2, "--share", 0.2, "--lower", 0),
 }
 
 
@@ -67,14 +68,14 @@ def both(toy, toy_data, tmp_path_factory):
     fixed = ["--group-size", "4", "--max-new-tokens", "12", "--eval-k", "2", "--token-budget", "200"]
     options = ["--model", toy, "--dataset", toy_data, "--out", out, *fixed, *SIZE]
     runs = []
-    for name in SCRIPTS:
+    for name in [*SCRIPTS, "cov"]:
         for kind, flag in (("parallel", "--no-fsdp"), ("fsdp", "--fsdp")):
-            runs.append((name, *options, *OWN.get(name, ()), "--name", f"{name}-{kind}", flag))
+            runs.append((METHODS[name].__name__, *options, *OWN.get(name, ()), "--name", f"{name}-{kind}", flag))
     two_processes(out, *runs)
     return out, options
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "cov"])
 def test_two_processes_sample_and_learn_what_one_does(name, both, monkeypatch):
     out, options = both
     call(monkeypatch, name, *map(str, options), *map(str, OWN.get(name, ())), "--name", f"{name}-one")

@@ -1,4 +1,4 @@
-"""main() of each script: one step on a fixed rollout, and the gradient that reaches the optimizer. It must be that of
+"""main() of each method: one step on a fixed rollout, and the gradient that reaches the optimizer. It must be that of
 plain loops over the full logits, with the defaults and with every option changed in turn."""
 
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import plain
 import pytest
 import torch
-from helpers import SCRIPTS, T, call, naive_score, rollout_of
+from helpers import METHODS, MORE, T, call, naive_score, rollout_of
 from test_methods import DEFAULTS
 
 from common import concatenate
@@ -29,12 +29,22 @@ CHANGES = {
                  clip_high=[0.05], reduction=["sequence", "constant"]),
     "grpo_s": dict(beta1=[0.4], beta2=[0.0, 0.7], mean=["geometric"], entropy_min=[0.7], ratio=["arithmetic"],
                    clip_low=[0.001], clip_high=[0.001], reduction=["token", "constant"]),
+    "forking": dict(advantage=["rloo"], rho=[0.5, 1.0], clip_low=[0.05], clip_high=[0.05], reduction=["sequence"]),
+    "cov": dict(advantage=["rloo"], kind=["kl"], share=[0.05], lower=[0.5], upper=[0.5], penalty=[3.0],
+                clip_low=[0.05], clip_high=[0.05], reduction=["sequence"]),
+    "entropy_advantage": dict(advantage=["rloo"], alpha=[2.0], kappa=[8.0], clip_low=[0.05], clip_high=[0.05],
+                              reduction=["sequence"]),
+    "quantile": dict(quantile=[0.2, 1.0], clip_low=[0.01], clip_high=[0.05], reduction=["sequence"]),
+    "cispo": dict(advantage=["rloo"], clip_high=[0.05], reduction=["sequence"]),
 }  # fmt: skip
+# What a case is compared with, so that old log-probs differ, clipping acts, and Clip-Cov chooses among many tokens.
+BASES = {"dapo": dict(minibatches=4), "cov": dict(minibatches=2, share=0.2, lower=0.0)}
+NEEDED = {("cov", "penalty"): dict(kind="kl"), ("quantile", "clip_low"): dict(quantile=0.6)}  # so that the option acts
 EVERYWHERE = dict(temperature=[0.7], minibatches=[2], max_grad_norm=[0.01])
 CASES = [
     (name, option, value)
-    for name in SCRIPTS
-    for option, values in (EVERYWHERE | CHANGES[name]).items()
+    for name in METHODS
+    for option, values in (CHANGES[name] if name in MORE else EVERYWHERE | CHANGES[name]).items()
     for value in values
 ]
 
@@ -79,7 +89,8 @@ def gradients_of_main(name, options, rollouts, toy, toy_data, tmp_path, monkeypa
         return (logprobs + noise(logprobs.shape, 1, 0.15)) * rollout.mask if off_policy else logprobs
 
     def capture(optimizer, *_):
-        steps.append(torch.cat([p.grad.flatten().clone() for p in optimizer.param_groups[0]["params"]]))
+        parameters = optimizer.param_groups[0]["params"]  # without a gradient, if no row of a part has one
+        steps.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
 
     def reference_logprobs(self, rollout):
         return (rollout.logprobs + noise(rollout.mask.shape, 2, 0.4)) * rollout.mask
@@ -118,7 +129,7 @@ def dapo_batch(rollouts, n_prompts, max_rounds):
 
 def plain_advantages(name, o, r):
     """[B][T]; EGSW's are without its weights."""
-    if name in ("grpo", "egsw"):
+    if name in ("grpo", "egsw", "cov", "cispo"):
         return plain.spread(plain.grpo_advantages(r.rewards, r.group, o.advantage), r.mask)
     if name == "dapo":
         A = plain.dapo_advantages(r.rewards, r.mask, r.group, T, o.overlong_cache * T)
@@ -131,8 +142,26 @@ def plain_advantages(name, o, r):
             o.entropy_min, o.entropy_max, extra,
         )  # fmt: skip
         return plain.gtpo_advantages(*shaped, r.rewards, r.mask, r.group, o.scope, o.normalize)
+    if name == "forking":
+        A = plain.spread(plain.grpo_advantages(r.rewards, r.group, o.advantage), r.mask)
+        kept = plain.forking_tokens(r.entropy, A, o.rho)
+        return [[a * k for a, k in zip(*rows, strict=True)] for rows in zip(A, kept, strict=True)]
+    if name == "entropy_advantage":
+        A = plain.grpo_advantages(r.rewards, r.group, o.advantage)
+        return plain.shaped_by_entropy(A, r.entropy, r.mask, o.alpha, o.kappa)
+    if name == "quantile":
+        return plain.spread(plain.quantile_advantages(r.rewards, r.group, o.quantile), r.mask)
     shaped = plain.grpo_s_shaped(r.rewards, r.entropy, r.mask, r.group, o.beta1, o.beta2, o.mean, o.entropy_min)
     return plain.spread(plain.grpo_s_advantages(shaped, r.rewards, r.group), r.mask)
+
+
+def plain_objective(name, o, w, logprob, A, chosen):
+    """What a token adds to the objective, without a KL to the starting model. w, logprob: scalar tensors."""
+    if name == "cispo":
+        return min(w.item(), 1 + o.clip_high) * A * logprob
+    if name == "cov" and o.kind == "kl":
+        return w * A - o.penalty * chosen * w.log().abs()
+    return 0 * w if chosen else plain.clipped(w, A, o.clip_low, o.clip_high)
 
 
 def plain_gradients(name, options, rollouts, model, off_policy):
@@ -150,6 +179,10 @@ def plain_gradients(name, options, rollouts, model, off_policy):
         W = plain.egsw_weights(
             per_row, r.entropy, r.mask, r.group, o.alpha, o.weight_temperature, o.step_wise, o.mean_one
         )
+    chosen = [[False] * T for _ in A]
+    if name == "cov":
+        uniforms = torch.rand(r.mask.shape, generator=torch.Generator().manual_seed(0))
+        chosen = plain.cov_chosen(A, r.logprobs, uniforms, o.kind, o.share, o.lower, o.upper)
     if name == "dapo" and o.overlong_filter:
         kept = r.finished.nonzero().squeeze(1)
         A = [A[i] for i in kept.tolist()]
@@ -176,7 +209,7 @@ def plain_gradients(name, options, rollouts, model, off_policy):
                 ratio = [sum(x.exp() for x in log_ratio) / n] * n
             row = []
             for t in range(n):
-                objective = plain.clipped(ratio[t], A[i][t], o.clip_low, o.clip_high)
+                objective = plain_objective(name, o, ratio[t], logprobs[k, t], A[i][t], chosen[i][t])
                 if getattr(o, "kl_coef", 0):
                     x = reference[i, t] - logprobs[k, t]
                     objective = objective - o.kl_coef * (x.exp() - x - 1)
@@ -184,7 +217,7 @@ def plain_gradients(name, options, rollouts, model, off_policy):
             per_token.append(row)
         plain.reduced(per_token, part.mask, o.reduction).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        steps.append(gradient * min(1.0, o.max_grad_norm / float(gradient.norm())))
+        steps.append(gradient * min(1.0, o.max_grad_norm / max(1e-12, float(gradient.norm()))))
     return steps
 
 
@@ -214,7 +247,7 @@ def compared(loaded, toy, toy_data, tmp_path, monkeypatch):
     return compare
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_with_its_defaults_main_takes_the_gradient_of_the_formula(name, compared):
     (first, *others) = compared(name, {}, off_policy=False)
     assert first.norm() > 0 and len(others) + 1 == DEFAULTS[name].get("minibatches", 1)
@@ -223,7 +256,7 @@ def test_with_its_defaults_main_takes_the_gradient_of_the_formula(name, compared
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "option", "value"), CASES)
 def test_every_option_changes_the_gradient_as_the_formula_says(name, option, value, compared):
-    base = {"minibatches": 4 if name == "dapo" else 2}  # so that old log-probs differ, and clipping acts
+    base = BASES.get(name, {"minibatches": 2}) | NEEDED.get((name, option), {})
     if option == "minibatches":
         base = {}
     options = base | {option: value}

@@ -1,4 +1,4 @@
-"""The pure functions of the five scripts: each equation against plain loops, and the facts they must satisfy."""
+"""The pure functions of the methods: each equation against plain loops, and the facts they must satisfy."""
 
 import inspect
 import math
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import plain
 import pytest
 import torch
-from helpers import SCRIPTS, batch, error_line, random_logprobs, token_advantages
+from helpers import METHODS, SCRIPTS, batch, error_line, random_logprobs, token_advantages
 
 import dapo
 import egsw
@@ -22,15 +22,18 @@ from harness.options import parse
 def method_loss(name, new, old, rewards, group, mask, entropy):
     """The method's scalar loss at its defaults, from its token advantages."""
     A = token_advantages(name, rewards, entropy, mask, group)
-    if name == "grpo_s":
-        ratio = grpo_s.sequence_ratio(new, old, mask)[:, None]
-    else:
-        ratio = (new - old).exp()
-    return (SCRIPTS[name].loss(ratio, A, mask) * loss_weights(mask, reduction_of(name))).sum()
+    return (token_loss(name, new, old, A, mask) * loss_weights(mask, reduction_of(name))).sum()
+
+
+def token_loss(name, new, old, A, mask):
+    """The loss of every token, [B, T]. With Clip-Cov, no token is chosen (test_more.py tests the choice)."""
+    ratio = grpo_s.sequence_ratio(new, old, mask)[:, None] if name == "grpo_s" else (new - old).exp()
+    own_arguments = {"cov": {"chosen": torch.zeros_like(mask).bool()}, "cispo": {"logprobs": new}}
+    return METHODS[name].loss(ratio, A, mask, **own_arguments.get(name, {}))
 
 
 def reduction_of(name):
-    return SCRIPTS[name].Config().reduction
+    return METHODS[name].Config().reduction
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
@@ -50,12 +53,12 @@ def test_an_unknown_kind_of_advantage_is_an_error():
         grpo.advantages(torch.tensor([1.0, 0.0]), torch.zeros(2), "gae")
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "egsw", "gtpo"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "egsw", "gtpo", "forking", "entropy_advantage", "quantile"])
 def test_the_loss_is_the_clipped_objective(name):
     rewards, group, mask, _ = batch()
     new, old = random_logprobs(mask)
     A = grpo.advantages(rewards, group)
-    per_token = SCRIPTS[name].loss((new - old).exp().detach(), A, mask, 0.2, 0.3)
+    per_token = METHODS[name].loss((new - old).exp().detach(), A, mask, 0.2, 0.3)
     for i in range(len(A)):
         for t in range(mask.shape[1]):
             w = math.exp(float(new[i, t].detach() - old[i, t]))
@@ -389,12 +392,12 @@ def test_grpo_s_completions_without_a_token_leave_the_others_as_they_are(mean):
     torch.testing.assert_close(got, torch.cat([expected, torch.tensor([1.0, -1.0])]))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_completion_without_a_token_gives_no_nan(name):
     rewards, group, mask, entropy = batch()
     mask[0] = 0.0
     A = token_advantages(name, rewards, entropy * mask, mask, group)
-    assert A.isfinite().all() and (A[0] == 0).all() and A[1].abs().sum() > 0
+    assert A.isfinite().all() and (A[0] == 0).all() and A[group == 0].abs().sum() > 0
 
 
 def test_grpo_s_token_advantages_hand_on_every_option():
@@ -446,7 +449,7 @@ def test_dapo_token_advantages_hand_on_every_option():
 # --- facts of every method --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3])
 def test_equal_rewards_give_exactly_no_gradient(name, value):
     rewards, group, mask, entropy = batch()
@@ -457,7 +460,7 @@ def test_equal_rewards_give_exactly_no_gradient(name, value):
     assert float(loss.detach()) == 0 and new.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_one_equal_group_beside_others_gets_no_gradient(name):
     rewards, group, mask, entropy = batch()
     rewards[group == 1] = 1.0
@@ -466,9 +469,10 @@ def test_one_equal_group_beside_others_gets_no_gradient(name):
     assert new.grad[group == 1].abs().max() == 0 and new.grad[group == 0].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_on_policy_gradient_is_the_plain_policy_gradient(name):
-    """At ratio 1 the loss is -mean(A), and its gradient that of -mean(A * log pi), with A the token advantages."""
+    """At ratio 1 the loss is -mean(A), and its gradient that of -mean(A * log pi), with A the token advantages. The
+    loss of CISPO is -mean(A * log pi) itself."""
     rewards, group, mask, entropy = batch()
     _, old = random_logprobs(mask)
     new = old.clone().requires_grad_()
@@ -476,10 +480,11 @@ def test_on_policy_gradient_is_the_plain_policy_gradient(name):
     loss.backward()
     expected = -token_advantages(name, rewards, entropy, mask, group) * loss_weights(mask, reduction_of(name))
     torch.testing.assert_close(new.grad, expected)
-    torch.testing.assert_close(loss.detach(), expected.sum())
+    value = expected * old if name == "cispo" else expected
+    torch.testing.assert_close(loss.detach(), value.sum())
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_padding_never_matters(name):
     """Neither what stands in the padding nor how much of it there is changes loss or gradient."""
     rewards, group, mask, entropy = batch()
@@ -500,8 +505,7 @@ def test_padding_never_matters(name):
          wide_mask),
     ):  # fmt: skip
         x = x.detach().clone().requires_grad_()
-        ratio = grpo_s.sequence_ratio(x, old_x, mask_x)[:, None] if name == "grpo_s" else (x - old_x).exp()
-        loss = (SCRIPTS[name].loss(ratio, A_x, mask_x) * loss_weights(mask_x, reduction)).sum()
+        loss = (token_loss(name, x, old_x, A_x, mask_x) * loss_weights(mask_x, reduction)).sum()
         loss.backward()
         results.append((loss.detach(), x.grad))
     (loss, grad), (wide_loss, wide_grad) = results
@@ -510,7 +514,7 @@ def test_padding_never_matters(name):
     assert (wide_grad * (1 - wide_mask)).abs().max() == 0
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_order_of_rows_never_matters(name):
     """Rows of one prompt need not be adjacent: groups are known by their ids alone."""
     rewards, group, mask, entropy = batch()
@@ -540,6 +544,18 @@ DEFAULTS = {
         beta1=1.0, beta2=0.1, mean="arithmetic", entropy_min=1e-3, ratio="geometric", clip_low=0.2, clip_high=0.28,
         reduction="sequence",
     ),
+    "forking": dict(
+        minibatches=4, advantage="grpo", rho=0.2, clip_low=0.2, clip_high=0.28, reduction="token",
+    ),
+    "cov": dict(
+        minibatches=4, advantage="grpo", kind="clip", share=2e-4, lower=1.0, upper=5.0, penalty=1.0, clip_low=1.0,
+        clip_high=1.0, reduction="token",
+    ),
+    "entropy_advantage": dict(
+        advantage="grpo", alpha=0.4, kappa=2.0, clip_low=0.2, clip_high=0.28, reduction="token",
+    ),
+    "quantile": dict(minibatches=4, quantile=0.4, clip_low=0.2, clip_high=0.28, reduction="token"),
+    "cispo": dict(minibatches=4, advantage="grpo", clip_high=4.0, reduction="token"),
 }  # fmt: skip
 # What the command line refuses: values just outside the bounds.
 REFUSED = {
@@ -548,14 +564,22 @@ REFUSED = {
     "egsw": dict(alpha=-0.1, weight_temperature=0, clip_low=0, clip_high=0, kl_coef=-0.1),
     "gtpo": dict(alpha1=-0.1, alpha2=-0.1, entropy_min=0, entropy_max=0, overlong_gamma=0.5, clip_low=0, clip_high=0),
     "grpo_s": dict(beta1=-0.1, beta2=-0.1, entropy_min=0, clip_low=0, clip_high=0),
+    "forking": dict(minibatches=0, rho=0, clip_low=0, clip_high=0),
+    "cov": dict(minibatches=0, share=0, penalty=-0.1, clip_low=0, clip_high=0),
+    "entropy_advantage": dict(alpha=-0.1, kappa=0, clip_low=0, clip_high=0),
+    "quantile": dict(minibatches=0, quantile=0, clip_low=0, clip_high=0),
+    "cispo": dict(minibatches=0, clip_high=0),
 }
-TOO_LARGE = [("dapo", "overlong_cache", 1.1), ("dapo", "overlong_cache", -0.1), ("gtpo", "overlong_gamma", 1.1)]
+TOO_LARGE = [
+    ("dapo", "overlong_cache", 1.1), ("dapo", "overlong_cache", -0.1), ("gtpo", "overlong_gamma", 1.1),
+    ("forking", "rho", 1.1), ("cov", "share", 1.1), ("quantile", "quantile", 1.1),
+]  # fmt: skip
 OUT_OF_BOUNDS = TOO_LARGE + [(name, *item) for name, values in REFUSED.items() for item in values.items()]
 SHARED_DEFAULTS = dict(
     model=None, trust_remote_code=False, gradient_checkpointing=False, fsdp=False, dataset="arithmetic",
     dataset_config=None, train_split="train", eval_dataset=None, eval_split="test", question_column=None,
     answer_column=None, system="Reason step by step, and put your final answer within \\boxed{}.",
-    prompt_template="Question: {question}\nAnswer:", max_prompt_tokens=1024,
+    prompt_template="Question: {question}\nAnswer:", reward=None, max_prompt_tokens=1024,
     n_prompts=32, group_size=8, max_new_tokens=None, temperature=1.0, cuda_graphs=False, rollout_rows=1024,
     steps=60, stop_tokens=None, lr=None, warmup_steps=5, max_grad_norm=1.0, minibatches=1, token_budget=None,
     eval_rows=256, eval_k=8, eval_every=0, eval_only=False,
@@ -563,32 +587,37 @@ SHARED_DEFAULTS = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_options_have_the_defaults_of_this_table(name):
-    assert asdict(SCRIPTS[name].Config()) == SHARED_DEFAULTS | DEFAULTS[name]
+    assert asdict(METHODS[name].Config()) == SHARED_DEFAULTS | DEFAULTS[name]
 
 
 @pytest.mark.parametrize(("name", "option", "value"), OUT_OF_BOUNDS)
 def test_values_out_of_bounds_are_refused_on_the_command_line(name, option, value, capsys):
     flag = "--" + option.replace("_", "-")
     with pytest.raises(SystemExit) as stop:
-        parse(SCRIPTS[name].Config, "", [flag, str(value)])
+        parse(METHODS[name].Config, "", [flag, str(value)])
     assert stop.value.code == 2 and flag in error_line(capsys)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_functions_have_the_defaults_of_the_script(name):
     """Who copies a function gets the same as who runs the script."""
-    config = asdict(SCRIPTS[name].Config())
-    renamed = {"temperature": "weight_temperature", "kind": "advantage"}
+    config = asdict(METHODS[name].Config())
+    renamed = {"temperature": "weight_temperature"}
     compared = 0
-    for function in ("advantages", "weights", "shaped_rewards", "token_advantages", "loss", "sequence_ratio"):
-        if not hasattr(SCRIPTS[name], function):
+    for function in (
+        "advantages", "weights", "shaped_rewards", "token_advantages", "loss", "sequence_ratio", "forking_tokens",
+        "chosen_tokens",
+    ):  # fmt: skip
+        if not hasattr(METHODS[name], function):
             continue
-        for parameter in inspect.signature(getattr(SCRIPTS[name], function)).parameters.values():
+        for parameter in inspect.signature(getattr(METHODS[name], function)).parameters.values():
             option = renamed.get(parameter.name, parameter.name)
             if function == "sequence_ratio" and option == "mean":
                 option = "ratio"
+            if function == "advantages" and option == "kind":
+                option = "advantage"
             if option in config and parameter.default is not inspect.Parameter.empty:
                 assert parameter.default == config[option], (function, option)
                 compared += 1

@@ -27,7 +27,7 @@ def final(folder):
     return load_file(folder / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "cov"])  # cov draws random numbers of its own
 def test_two_steps_resume_two_steps_equals_four(name, small, tmp_path, monkeypatch):
     options = ("--save-every", 1, "--minibatches", 2, "--eval-every", 1)
     call(monkeypatch, name, *small("--name", "whole", "--steps", 4, *options))

@@ -12,7 +12,7 @@ import time
 from dataclasses import fields
 
 import pytest
-from helpers import ROOT, SCRIPTS, call, lines, refused, script
+from helpers import METHODS, ROOT, SCRIPTS, call, lines, refused, script
 
 
 @pytest.mark.slow
@@ -147,11 +147,11 @@ def test_ctrl_c_keeps_metrics_and_model(small, tmp_path):
     assert (tmp_path / "long" / f"checkpoint-{steps[-1]}" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_help_names_every_option_once(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, name, "--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for field in fields(SCRIPTS[name].Config):
+    for field in fields(METHODS[name].Config):
         assert len(re.findall(rf"^  --{field.name.replace('_', '-')}\b(?!-)", text, re.MULTILINE)) == 1, field.name

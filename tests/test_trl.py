@@ -1,4 +1,5 @@
-"""EGSW, GTPO and GRPO-S in the real TRL, with the toy model: its losses and gradients are those of the scripts."""
+"""EGSW, GTPO and GRPO-S in the real TRL, with the toy model: its losses and gradients are those of the scripts. And the
+methods that TRL has too: its GRPO, DAPO, CISPO and 80/20 rule."""
 
 import os
 import subprocess
@@ -26,10 +27,11 @@ import grpo_s
 from harness import tiny
 from integrations.methods import SCRIPTS
 from integrations.trl_trainer import SETTINGS, EntropyGRPOTrainer, trl_reward
+from more import cispo, forking
 from verifier import math_reward
 
 pytestmark = pytest.mark.slow
-REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's loss_type: ours
+REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant", "cispo": "token"}  # TRL's loss_type: ours
 
 # Every option of each method, none at its default: a mix-up of two would show.
 OPTIONS = {
@@ -168,8 +170,8 @@ def trained(cls, toy, out, steps_per_rollout=1, reward=reward, **keywords):
     return trainer
 
 
-def check(trainer):
-    assert len(trainer.losses) == 4 and len(trainer.gradients) == 2
+def check(trainer, n_losses=4):
+    assert len(trainer.losses) == n_losses and len(trainer.gradients) == 2
     for theirs, ours in trainer.losses:
         assert theirs == pytest.approx(ours, rel=3e-6, abs=1e-6)
     for theirs, ours in trainer.gradients:
@@ -205,13 +207,18 @@ def test_a_reward_function_of_ones_own_sees_completion_and_row(toy, tmp_path):
 
 @pytest.mark.parametrize("loss_type", REDUCTIONS)
 def test_trls_own_losses_are_ours(loss_type, toy, tmp_path):
-    """Plain GRPOTrainer and grpo.py or dapo.py, given the same advantages. These differ in the std and its epsilon."""
+    """Plain GRPOTrainer and grpo.py, dapo.py or more/cispo.py, given the same advantages. These differ in the std and
+    its epsilon. TRL's epsilon_high for CISPO is the limit itself."""
     script, scale = dapo if loss_type == "dapo" else grpo, "none" if loss_type == "dr_grpo" else "group"
 
     def ours(batch, new, old, rows, limits):
-        return script.loss((new - old).exp(), torch.cat(batch.local)[rows], batch.mask[rows], **limits)
+        A = torch.cat(batch.local)[rows]
+        if loss_type == "cispo":
+            return cispo.loss((new - old).exp(), A, batch.mask[rows], new, clip_high=limits["clip_high"] - 1)
+        return script.loss((new - old).exp(), A, batch.mask[rows], **limits)
 
-    more = dict(loss_type=loss_type, scale_rewards=scale, epsilon_high=0.28 if script is dapo else 0.2)
+    epsilon_high = {"dapo": 0.28, "cispo": 1.05}.get(loss_type, 0.2)
+    more = dict(loss_type=loss_type, scale_rewards=scale, epsilon_high=epsilon_high)
     more |= dict(beta=0.1, use_bias_correction_kl=False) if loss_type == "grpo" else {}
     trainer = trained(recorder(GRPOTrainer, ours), toy, tmp_path, steps_per_rollout=2, **more)
     check(trainer)
@@ -220,6 +227,31 @@ def test_trls_own_losses_are_ours(loss_type, toy, tmp_path):
     if scale == "group":
         expected = expected / (r.view(-1, 4).std(1).repeat_interleave(4) + 1e-4)
     torch.testing.assert_close(torch.cat(trainer.batch.local), expected)
+
+
+def test_trls_top_entropy_quantile_is_our_forking(toy, tmp_path):
+    """With one micro-batch per step, so that TRL too takes the threshold over the whole step."""
+    found = {}
+
+    class Noting(GRPOTrainer):
+        def get_high_entropy_mask(self, entropies, mask, threshold):
+            found["entropy"] = entropies  # in TRL's order of the rows; rounding decides among equal entropies
+            return super().get_high_entropy_mask(entropies, mask, threshold)
+
+    def ours(batch, new, old, rows, limits):
+        entropy = torch.zeros_like(batch.mask)
+        entropy[rows, : found["entropy"].shape[1]] = found["entropy"]
+        kept = forking.token_advantages(batch.rewards, entropy, batch.mask, batch.group, rho=0.2) != 0
+        assert 0.2 * batch.mask.sum() <= kept.sum() + 1 < 0.4 * batch.mask.sum()
+        A = torch.cat(batch.local)[:, None] * kept
+        return forking.loss((new - old).exp(), A[rows], batch.mask[rows], **limits)
+
+    def alternating(completions, **_):  # all groups are mixed: TRL counts the tokens of the others too
+        return [float(i % 2) for i in range(len(completions))]
+
+    one = dict(per_device_train_batch_size=32, gradient_accumulation_steps=1, steps_per_generation=1)
+    more = dict(loss_type="dapo", epsilon_high=0.28, top_entropy_quantile=0.2, reward=alternating)
+    check(trained(recorder(Noting, ours), toy, tmp_path, **one, **more), n_losses=2)
 
 
 @pytest.mark.parametrize("method, option", [("egsw", "alpha"), ("gtpo", "alpha2"), ("grpo_s", "beta2")])

@@ -26,6 +26,7 @@ from verl.workers.utils.losses import ppo_loss
 import grpo_s
 from common import loss_weights
 from integrations import verl_plugin
+from more import cov
 
 pytestmark = pytest.mark.slow
 METHODS = ["egsw", "gtpo", "grpo_s"]
@@ -223,6 +224,28 @@ def test_verls_loss_and_gradient_over_micro_batches_are_the_scripts(name, agg):
         assert 0 <= metrics["actor/pg_clipfrac"].aggregate() <= 1
     (got,) = torch.autograd.grad(total, new)
     assert abs(float(total - expected)) < 1e-6
+    torch.testing.assert_close(got, grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "kl"])
+def test_verls_clip_cov_and_kl_cov_are_ours(kind):
+    """On one micro-batch, which is then the whole step. Clip-Cov takes all candidates, so its choice is not random."""
+    rewards, group, mask, entropy = batch(4)
+    new, old = random_logprobs(mask)
+    A = cov.token_advantages(rewards, entropy, mask, group)
+    options = dict(kind=kind, share=1.0 if kind == "clip" else 0.2, lower=0.02, upper=0.2)
+    chosen = cov.chosen_tokens(A, new.detach(), torch.rand(mask.shape), **options)
+    assert 0 < chosen.sum() < mask.sum() / 2
+    expected = (cov.loss((new - old).exp(), A, mask, chosen, kind, 1.0, 99.0) * loss_weights(mask, "token")).sum()
+    (grad,) = torch.autograd.grad(expected, new)
+
+    config = actor(f"{kind}_cov", "token-mean", 1.0, 99.0)
+    settings = {f"{kind}_cov_ratio": options["share"], "clip_cov_lb": 0.02, "clip_cov_ub": 0.2, "ppo_kl_coef": 1.0}
+    for key, value in settings.items():
+        object.__setattr__(config.policy_loss, key, value)
+    loss, _ = get_policy_loss_fn(f"{kind}_cov")(old, new, A, mask, "token-mean", config)
+    (got,) = torch.autograd.grad(loss, new)
+    assert abs(float(loss - expected)) < 1e-6
     torch.testing.assert_close(got, grad, atol=1e-6, rtol=1e-5)
 
 

@@ -1,0 +1,240 @@
+"""The methods of more/: worked examples, and what is special in each. tests/test_methods.py and tests/test_main.py hold
+them to what every method must satisfy."""
+
+import subprocess
+import sys
+
+import plain
+import pytest
+import torch
+from helpers import MORE, ROOT, batch, call, lines, random_logprobs
+
+import grpo
+import grpo_s
+from more import cispo, cov, entropy_advantage, forking, quantile
+
+ONE_GROUP = torch.zeros(8, dtype=torch.long)
+
+
+def float64_batch(seed=0):
+    """A random batch with one group that is all right: rewards, group, mask, entropy, A [B][T], log-probs, uniforms."""
+    rewards, group, mask, entropy = batch(seed, groups=4, width=9)
+    rewards[group == 2] = 1.0
+    rng = torch.Generator().manual_seed(seed)
+    logprobs = -4 * torch.rand(mask.shape, generator=rng, dtype=torch.float64)  # junk in the padding
+    uniforms = torch.rand(mask.shape, generator=rng)
+    A = plain.spread(plain.grpo_advantages(rewards, group), mask)
+    return rewards.double(), group, mask.double(), entropy.double(), A, logprobs, uniforms
+
+
+# --- forking tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_forking_keeps_the_most_uncertain_tokens_of_a_worked_example():
+    rewards, group = torch.tensor([1.0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])
+    entropy = torch.tensor([[0.1, 0.9, 0.2], [0.8, 0.3, 9.0], [7.0, 7.0, 7.0], [7.0, 7.0, 7.0]])
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    A = forking.token_advantages(rewards, entropy, mask, group, rho=0.4)  # 2 of the 5 tokens of the mixed group
+    expected = torch.tensor([[0.0, 1, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    torch.testing.assert_close(A, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.2, 0.5, 1.0])
+def test_forking_advantages_are_those_of_plain_loops(rho):
+    rewards, group, mask, entropy, A, _, _ = float64_batch()
+    kept = torch.tensor(plain.forking_tokens(entropy, A, rho))
+    got = forking.token_advantages(rewards, entropy, mask, group, rho=rho)
+    torch.testing.assert_close(got, torch.tensor(A).double() * kept)
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.2, 0.5, 1.0])
+def test_forking_tokens_are_those_above_torchs_quantile(rho):
+    _, _, mask, entropy = batch()
+    tau = torch.quantile(entropy[mask > 0], 1 - rho)
+    assert torch.equal(forking.forking_tokens(entropy, mask, rho), (entropy >= tau) & (mask > 0))
+
+
+def test_forking_keeps_tokens_of_equal_entropy_together():
+    mask = torch.ones(2, 5)
+    assert forking.forking_tokens(torch.full((2, 5), 0.3), mask, 0.2).all()
+    assert not forking.forking_tokens(mask, torch.zeros(2, 5), 0.2).any()
+
+
+# --- entropy in the advantage -----------------------------------------------------------------------------------------
+
+
+def test_entropy_advantage_of_a_worked_example():
+    rewards, group = torch.tensor([1.0, 0]), torch.zeros(2)
+    entropy = torch.tensor([[0.0, 0.5, 9.0], [0.0, 0.5, 9.0]])
+    A = entropy_advantage.token_advantages(rewards, entropy, torch.ones(2, 3), group, alpha=0.4, kappa=2.0)
+    expected = torch.tensor([[1.0, 1.2, 1.5], [-1.0, -0.8, -0.5]])
+    torch.testing.assert_close(A, expected, atol=1e-5, rtol=0)
+
+
+def test_entropy_advantages_are_those_of_plain_loops():
+    rewards, group, mask, entropy, _, _, _ = float64_batch()
+    A = plain.grpo_advantages(rewards, group)
+    expected = torch.tensor(plain.shaped_by_entropy(A, entropy, mask, 0.9, 1.5)).double()
+    got = entropy_advantage.token_advantages(rewards, entropy, mask, group, alpha=0.9, kappa=1.5)
+    torch.testing.assert_close(got, expected)
+    without = entropy_advantage.token_advantages(rewards, entropy, mask, group, alpha=0.0)
+    torch.testing.assert_close(without, grpo.token_advantages(rewards, entropy, mask, group))
+
+
+def test_entropy_advantage_carries_no_gradient():
+    rewards, group, mask, entropy = batch()
+    assert not entropy_advantage.token_advantages(rewards, entropy.requires_grad_(), mask, group).requires_grad
+
+
+# --- the quantile as the baseline -------------------------------------------------------------------------------------
+
+
+def test_quantile_advantages_of_the_example_in_its_docstring():
+    four = torch.tensor([1.0, 0, 0, 0, 0, 1, 1, 1])
+    five = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
+    torch.testing.assert_close(quantile.advantages(four, ONE_GROUP), 2 * four, atol=1e-4, rtol=0)
+    torch.testing.assert_close(quantile.advantages(five, ONE_GROUP), -2.0656 * (1 - five), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("K", [0.05, 0.25, 0.4, 0.5, 0.6, 1.0])
+def test_quantile_advantages_are_those_of_plain_loops(K):
+    rewards, group, mask, entropy, _, _, _ = float64_batch()
+    rewards[:3] = torch.tensor([0.3, 0.7, 0.3])  # rewards need not be 0 or 1
+    expected = plain.spread(plain.quantile_advantages(rewards, group, K), mask)
+    got = quantile.token_advantages(rewards, entropy, mask, group, quantile=K)
+    torch.testing.assert_close(got, torch.tensor(expected).double())
+
+
+@pytest.mark.parametrize("K", [0.2, 0.4, 0.5, 0.8])
+def test_a_hard_prompt_learns_from_right_completions_and_an_easy_one_from_wrong_ones(K):
+    for n_right in range(1, 10):
+        rewards = torch.cat([torch.ones(n_right), torch.zeros(10 - n_right)])
+        A = quantile.advantages(rewards, torch.zeros(10), K)
+        hard = n_right / 10 <= 1 - K + 1e-9
+        learns = rewards == 1 if hard else rewards == 0
+        assert ((A != 0) == learns).all() and (A[learns] > 0).all() == hard
+
+
+# --- Clip-Cov and KL-Cov ----------------------------------------------------------------------------------------------
+
+
+def test_the_highest_covariance_is_that_of_an_unlikely_wrong_token():
+    advantages = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]])
+    logprobs = torch.tensor([[-0.1, -3.0], [-0.1, -3.0], [-9.0, -9.0]])  # the last row has no advantage
+    chosen = cov.chosen_tokens(advantages, logprobs, torch.zeros(3, 2), "kl")
+    assert chosen.tolist() == [[False, False], [False, True], [False, False]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind, share, lower, upper", [
+    ("kl", 2e-4, 1.0, 5.0), ("kl", 0.3, 1.0, 5.0), ("clip", 2e-4, 1.0, 5.0), ("clip", 0.1, 0.2, 1.0),
+    ("clip", 1.0, 0.2, 1.0), ("clip", 1.0, 99.0, 100.0),
+])  # fmt: skip
+def test_chosen_tokens_are_those_of_plain_loops(kind, share, lower, upper, seed):
+    *_, A, logprobs, uniforms = float64_batch(seed)
+    expected = torch.tensor(plain.cov_chosen(A, logprobs, uniforms, kind, share, lower, upper))
+    got = cov.chosen_tokens(torch.tensor(A).double(), logprobs, uniforms, kind, share, lower, upper)
+    assert torch.equal(got, expected) and bool(got.any()) == (lower < 99)
+
+
+@pytest.mark.parametrize("kind", ["clip", "kl"])
+def test_without_an_advantage_no_token_is_chosen(kind):
+    """Not even if all are asked for: a group whose rewards are all equal gets exactly no gradient, nor does padding."""
+    *_, group, _, _, A, logprobs, uniforms = float64_batch()
+    A = torch.tensor(A)
+    chosen = cov.chosen_tokens(A, logprobs, uniforms, kind, share=1.0, lower=-99.0, upper=99.0)
+    assert torch.equal(chosen, A != 0) and not chosen[group == 2].any()
+    assert not cov.chosen_tokens(0 * A, logprobs, uniforms, kind, share=1.0, lower=-99.0).any()
+
+
+def test_another_kind_of_choice_is_an_error():
+    with pytest.raises(KeyError):
+        cov.chosen_tokens(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2), "cov")
+
+
+def test_clip_cov_takes_the_gradient_of_the_chosen_tokens_away_and_no_other():
+    rewards, group, mask, _ = batch()
+    new, old = random_logprobs(mask)
+    A = grpo.advantages(rewards, group)
+    chosen = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    cov.loss((new - old).exp(), A, mask, chosen, "clip", 0.2, 0.3).sum().backward()
+    without, _ = random_logprobs(mask)
+    grpo.loss((without - old).exp(), A, mask, 0.2, 0.3).sum().backward()
+    torch.testing.assert_close(new.grad, without.grad * ~chosen)
+
+
+def test_kl_covs_penalty_has_no_gradient_before_the_policy_moves():
+    """Afterwards it pulls a chosen token back with the full weight, however little it has moved. There is no clip."""
+    chosen = torch.tensor([[True, True, True, False]])
+    old, moved_by = torch.full((1, 4), -1.0), torch.tensor([[0.0, 0.01, -0.01, 2.0]])
+    new = (old + moved_by).requires_grad_()
+    cov.loss((new - old).exp(), torch.tensor([0.5]), torch.ones(1, 4), chosen, "kl", penalty=3.0).sum().backward()
+    expected = -0.5 * moved_by.exp() + 3.0 * moved_by.sign() * chosen
+    torch.testing.assert_close(new.grad, expected)
+
+
+def test_the_choice_is_decided_by_the_seed_alone(small, tmp_path, monkeypatch):
+    """Not by how the step is cut into micro-batches, either; tests/test_distributed.py has two processes."""
+    options = ("--share", 0.2, "--lower", 0.0, "--minibatches", 2)
+    for run, seed, budget in (("a", 0, 60), ("b", 0, 10**6), ("c", 1, 60)):
+        call(monkeypatch, "cov", *small("--name", run, "--seed", seed, "--token-budget", budget, *options))
+    a, b, c = (lines(tmp_path / run / "metrics.jsonl") for run in "abc")
+    for row_a, row_b in zip(a, b, strict=True):
+        assert row_a == pytest.approx(row_b, abs=1e-5) and row_a["chosen"] > 0
+    assert a != c
+
+
+# --- CISPO ------------------------------------------------------------------------------------------------------------
+
+
+def test_cispo_caps_the_weight_and_keeps_the_gradient():
+    """The clip of PPO stops the gradient of a good token with ratio 9, and lets that of a bad one grow to 9."""
+    old, w = torch.full((1, 3), -3.0), torch.tensor([[9.0, 1.1, 0.01]])
+    new = (old + w.log()).requires_grad_()
+    for A in (1.0, -1.0):
+        new.grad = None
+        cispo.loss((new - old).exp(), torch.tensor([A]), torch.ones(1, 3), new, clip_high=4.0).sum().backward()
+        torch.testing.assert_close(new.grad, -A * torch.tensor([[5.0, 1.1, 0.01]]))
+
+
+def test_cispo_within_its_limit_has_grpos_gradient_without_a_clip():
+    rewards, group, mask, _ = batch()
+    A = grpo.advantages(rewards, group)
+    new, old = random_logprobs(mask)
+    cispo.loss((new - old).exp(), A, mask, new, clip_high=99.0).sum().backward()
+    other, _ = random_logprobs(mask)
+    grpo.loss((other - old).exp(), A, mask, clip_low=99.0, clip_high=99.0).sum().backward()
+    torch.testing.assert_close(new.grad, other.grad)
+
+
+# --- GSPO, and how they are run ---------------------------------------------------------------------------------------
+
+
+def test_grpo_s_without_its_entropy_term_is_gspo(small, tmp_path, monkeypatch):
+    """The command of docs/more.md runs, and its advantages are GRPO's; tests/test_methods.py has the ratio and loss."""
+    rewards, group, mask, entropy = batch()
+    A = grpo_s.token_advantages(rewards, entropy, mask, group, beta2=0.0)
+    torch.testing.assert_close(A, grpo.token_advantages(rewards, entropy, mask, group), atol=1e-5, rtol=0)
+    command = "grpo_s.py --beta2 0 --clip-low 3e-4 --clip-high 4e-4 --minibatches 4"
+    assert command in (ROOT / "docs" / "more.md").read_text()
+    call(monkeypatch, "grpo_s", *small("--name", "gspo", *command.split()[1:]))
+    assert lines(tmp_path / "gspo" / "metrics.jsonl")[-1]["clip_ratio/high"] > 0
+
+
+@pytest.mark.slow
+def test_python_m_names_the_run_after_the_method_and_resumes_it(small, tmp_path):
+    def run(*options):
+        command = [sys.executable, "-m", "more.cov", *map(str, options)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    done = run(*small("--kind", "kl"))
+    assert done.returncode == 0, done.stderr
+    done = run("--resume", tmp_path / "cov-1", "--steps", 3)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in lines(tmp_path / "cov-1" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_the_page_of_docs_has_every_method():
+    page = (ROOT / "docs" / "more.md").read_text()
+    for name in MORE:
+        assert f"python -m more.{name}" in page
