@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from common import Rollout
-from harness import data, distributed, evaluation, files, memory, reporting, stop, tiny
+from harness import data, distributed, evaluation, files, lora, memory, reporting, stop, tiny
 from harness.options import RunConfig, check_options, resolve_defaults
 from harness.trainer import Trainer, load_policy
 
@@ -52,7 +52,7 @@ class Run(Trainer):
             problems, eval_problems = data.load_problems(cfg)
             with distributed.main_first():
                 source = cfg.model or str(tiny.base(Path(cfg.out) / "tiny-base"))
-            model, tokenizer = load_policy(cfg, str(checkpoint or source), device)
+            model, tokenizer = load_policy(cfg, source, device, checkpoint)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
@@ -124,6 +124,8 @@ class Run(Trainer):
         if self.evaluations and self.evaluations[-1]["step"] < self.step:
             self.evaluate()
         self.write_model(self.folder / "model")
+        if cfg.lora_rank:
+            self.write_adapters(self.folder / "adapter")
         self.report()
 
     def signal_of_any_process(self) -> int:
@@ -231,19 +233,35 @@ class Run(Trainer):
             "step": self.step,
         }
         checkpoint = self.folder / f"checkpoint-{self.step}"
-        self.write_model(checkpoint, lambda folder: torch.save(state, folder / "state.pt"))
+        write = self.write_adapters if self.cfg.lora_rank else self.write_model
+        write(checkpoint, lambda folder: torch.save(state, folder / "state.pt"))
         if self.is_main:
             for other in self.folder.glob("checkpoint-*"):
                 if other != checkpoint:
                     shutil.rmtree(other)
 
     def write_model(self, path: Path, write_more: Callable[[Path], None] | None = None) -> None:
-        """Writes model and tokenizer, and what `write_more` adds, into the folder `path`."""
+        """Writes model (with its adapters merged) and tokenizer, and what `write_more` adds, into the folder `path`."""
         weights = distributed.full_weights(self.model)  # every process must help, if FSDP has split them
 
         def write(folder: Path) -> None:
-            self.model.save_pretrained(folder, state_dict=weights)
+            if self.cfg.lora_rank:
+                lora.save_merged(self.model, weights, folder)
+            else:
+                self.model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
+            if write_more is not None:
+                write_more(folder)
+
+        if self.is_main:
+            files.write_folder(path, write)
+
+    def write_adapters(self, path: Path, write_more: Callable[[Path], None] | None = None) -> None:
+        """Writes the adapters, and what `write_more` adds, into the folder `path`."""
+        weights = lora.full_adapters(self.model)  # every process must help, if FSDP has split them
+
+        def write(folder: Path) -> None:
+            lora.save_adapters(self.model, weights, folder)
             if write_more is not None:
                 write_more(folder)
 

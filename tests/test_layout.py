@@ -9,7 +9,7 @@ from helpers import ROOT, SCRIPTS
 ORDER = [
     "common", "verifier",
     "harness.options", "harness.files", "harness.tiny", "harness.evaluation", "harness.reporting",
-    "harness.cuda_graphs", "harness.distributed", "harness.memory",
+    "harness.cuda_graphs", "harness.distributed", "harness.lora", "harness.memory",
     "harness.stop", "harness.data", "harness.trainer", "harness.run",
     "grpo", "dapo", "egsw", "gtpo", "grpo_s",
     "integrations.methods", "integrations.trl_trainer", "integrations.verl_plugin",
