@@ -54,8 +54,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         check_head(model)
     except torch.OutOfMemoryError:
-        fail(f"--model {name}: its weights do not fit on the GPU: choose a smaller --model, or --lora-rank 32, which "
-             "holds them in bf16")  # fmt: skip
+        with_lora = ", or --lora-rank 32, which holds them in bf16" if dtype == torch.float32 else ""
+        fail(f"--model {name}: its weights do not fit on the GPU: choose a smaller one{with_lora}")
     except Exception as error:  # of any class: OSError, SafetensorError, JSONDecodeError, ...
         if Path(name).exists():
             fail(f"--model {name} cannot be used: {first_line(error)}")

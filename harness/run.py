@@ -11,7 +11,7 @@ Every script has this loop:
 
 A run leaves in runs/<name>/: config.json; metrics.jsonl, one line per step, on a CPU the same bytes for the same seed;
 timing.jsonl, the seconds of each step; completions.jsonl; eval.json, eval.csv and eval_completions.jsonl; the trained
-model in model/; checkpoint-N/, from which --resume goes on; curves.png.
+model in model/, with LoRA also adapter/; checkpoint-N/, from which --resume goes on; curves.png.
 
 `torchrun --nproc-per-node N` runs the same loop in N processes (harness/distributed.py). Every process makes the same
 decisions; process 0 writes. harness/stop.py lists how a run can end, and its exit status.
