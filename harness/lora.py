@@ -39,6 +39,7 @@ def prepare(model, cfg: RunConfig, source: str, checkpoint: Path | None = None) 
 def add_adapters(model, cfg: RunConfig, source: str) -> None:
     """Adds new float32 adapters to all linear layers except the head, and freezes everything else."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear, LoraLayer
 
     config = LoraConfig(
         r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM",
@@ -47,6 +48,8 @@ def add_adapters(model, cfg: RunConfig, source: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # every process draws the same A
         inject_adapter_in_model(config, model)
+    if any(isinstance(layer, LoraLayer) and not isinstance(layer, Linear) for layer in model.modules()):
+        fail(f"--lora-rank: {type(model).__name__} keeps its experts in one tensor: LoRA is not supported for it")
     for p in adapters(model).values():
         p.data = p.data.float()  # peft gives them the type of the base
 
@@ -110,16 +113,20 @@ def load_adapters(model, source: str, folder: Path) -> None:
 def save_merged(model, weights: dict[str, Tensor], folder: Path) -> None:
     """Writes a plain checkpoint: each adapter is added to its weight. In float32, because most differences are smaller
     than the distance between two bf16 numbers. weights: distributed.full_weights(model)."""
+    from peft.tuners.lora import Linear
+
     merged = {}
     for name, weight in weights.items():
         if ".lora_" not in name:
             merged[name.replace(".base_layer.", ".")] = weight.float().cpu()
     for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):
+        if isinstance(layer, Linear):
             A = weights[f"{name}.lora_A.{ADAPTER}.weight"].cpu()  # [rank, in]
             B = weights[f"{name}.lora_B.{ADAPTER}.weight"].cpu()  # [out, rank]
             difference = layer.scaling[ADAPTER] * (B @ A)  # [out, in]
-            merged[f"{name}.weight"] = merged[f"{name}.weight"] + (difference.T if layer.fan_in_fan_out else difference)
+            if layer.fan_in_fan_out:  # GPT-2 holds its weights transposed
+                difference = difference.T
+            merged[f"{name}.weight"] = merged[f"{name}.weight"] + difference  # not in place: it may be the model's own
     model.save_pretrained(folder, state_dict=merged)
     model.config.dtype = "float32"
     model.config.save_pretrained(folder)  # again, because save_pretrained has written the dtype of the base

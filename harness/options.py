@@ -66,7 +66,9 @@ class RunConfig:
     steps: int = option(60, "rollout-and-update steps", at_least=0)
     stop_tokens: int | None = option(None, "end earlier, after this many sampled completion tokens", at_least=1)
     optimizer: Literal["adamw", "sgd"] = option("adamw", "sgd (without momentum) keeps no state: it needs less memory")
-    lr: float = option(None, "learning rate; if not given: see DEFAULT_LR in harness/options.py", above=0)
+    lr: float = option(
+        None, "if not given: 2e-4 below 10M parameters, else 1e-6; sgd: 0.1, else 0.03; LoRA: ten times that", above=0
+    )
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
     max_grad_norm: float = option(1.0, "a larger gradient is scaled down to this norm", above=0)
     minibatches: int = option(1, "optimizer steps per rollout, each on its part of the rows", at_least=1)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import call, lines, refused, rollout_of, score, trainer_of
+from helpers import call, error_line, lines, refused, rollout_of, score, trainer_of
 from safetensors.torch import load_file
 
 import common
@@ -210,6 +210,16 @@ def test_the_learning_rate_is_ten_times_that_of_the_full_model(optimizer, n_para
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_experts_in_one_tensor_are_refused(capsys):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = dict(hidden_size=32, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_key_value_heads=2, head_dim=16, num_experts=4))
+    with pytest.raises(SystemExit) as stop:
+        lora.add_adapters(model, RunConfig(lora_rank=4), source="")
+    assert stop.value.code == 2 and "--lora-rank" in error_line(capsys)
 
 
 def test_without_peft_it_is_refused_in_one_line(small, tmp_path, monkeypatch, capsys):
