@@ -1,6 +1,6 @@
 """What several test files use: running scripts, random batches, sampled rollouts, and the plain way to score them."""
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +22,7 @@ from harness.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"grpo": grpo, "dapo": dapo, "egsw": egsw, "gtpo": gtpo, "grpo_s": grpo_s}
+needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs the package peft")
 T = 9  # tokens of a completion of the toy base, at most
 
 

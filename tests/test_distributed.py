@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, SCRIPTS, call, lines, refused
+from helpers import ROOT, SCRIPTS, call, lines, needs_peft, refused
 from safetensors.torch import load_file
 
 from harness import distributed
@@ -95,6 +95,7 @@ TRAINED = {  # what is trained, and how
 }
 
 
+@needs_peft
 def test_sgd_and_adapters_learn_in_two_processes_what_they_learn_in_one(small, toy, tmp_path, monkeypatch):
     runs = []
     for name, options in TRAINED.items():

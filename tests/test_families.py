@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import error_line, rollout_of, score
+from helpers import error_line, needs_peft, rollout_of, score
 
 import common
 import grpo
@@ -46,7 +46,9 @@ def checkpoint(family, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("gradient_checkpointing, lora_rank", [(False, 0), (True, 0), (False, 4), (True, 4)])
+@pytest.mark.parametrize("gradient_checkpointing, lora_rank", [
+    (False, 0), (True, 0), pytest.param(False, 4, marks=needs_peft), pytest.param(True, 4, marks=needs_peft),
+])  # fmt: skip
 def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpointing, lora_rank, tmp_path):
     folder = checkpoint(family, tmp_path / "a")
     cfg = RunConfig(lr=1e-3, max_new_tokens=20, token_budget=100, temperature=0.8, lora_rank=lora_rank)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, error_line
+from helpers import ROOT, error_line, needs_peft
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -15,12 +15,14 @@ from harness.memory import refuse_too_large
 from harness.options import RunConfig
 
 
+@needs_peft
 def test_the_documented_tables_are_what_the_code_computes():
     documented = (ROOT / "docs" / "scaling.md").read_text().splitlines()
     for line in [*tables.parts_table(), *tables.cards_table()]:
         assert line in documented
 
 
+@needs_peft
 def test_the_optimizer_and_lora_decide_what_is_held_for_each_weight():
     """Bytes for each parameter on a GPU: AdamW 4 + 4 + 8 + 2 of autocast's copy, SGD 4 + 4 + 2, LoRA's base 2."""
     n = sum(p.numel() for p in tables.empty_model("1.5B", 0).parameters())
@@ -32,6 +34,7 @@ def test_the_optimizer_and_lora_decide_what_is_held_for_each_weight():
     assert held["LoRA"] == pytest.approx(2 + 18 * adapters / n)
 
 
+@needs_peft
 def test_a_card_is_never_filled_beyond_what_is_free():
     for name in tables.MODELS:
         for way in tables.WAYS.values():

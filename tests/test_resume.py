@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SCRIPTS, call, lines, refused
+from helpers import SCRIPTS, call, lines, needs_peft, refused
 from safetensors.torch import load_file
 
 from harness import files, stop, trainer
@@ -41,14 +41,14 @@ def test_two_steps_resume_two_steps_equals_four(name, small, tmp_path, monkeypat
     assert [p.name for p in b.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--optimizer", "sgd", "--lr", 0.1),
-        ("--lora-rank", 4, "--lr", 1e-2, "--kl-coef", 0.1),
-        ("--lora-rank", 4, "--lr", 0.5, "--optimizer", "sgd", "--gradient-checkpointing"),
-    ],
-)
+WITH_SGD = ("--optimizer", "sgd", "--lr", 0.1)
+WITH_LORA = ("--lora-rank", 4, "--lr", 1e-2, "--kl-coef", 0.1)
+WITH_BOTH = ("--lora-rank", 4, "--lr", 0.5, "--optimizer", "sgd", "--gradient-checkpointing")
+
+
+@pytest.mark.parametrize("options", [
+    WITH_SGD, pytest.param(WITH_LORA, marks=needs_peft), pytest.param(WITH_BOTH, marks=needs_peft),
+])  # fmt: skip
 def test_with_sgd_and_with_adapters_too(options, small, tmp_path, monkeypatch):
     options = (*options, "--save-every", 1, "--minibatches", 2, "--warmup-steps", 6)
     call(monkeypatch, "grpo", *small("--name", "whole", "--steps", 4, *options))
