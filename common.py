@@ -297,7 +297,7 @@ class HeadLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, logsumexp, entropy = ctx.saved_tensors
         scale, _, temperature = ctx.factors
         d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen
         d_bias = None if bias is None else torch.zeros_like(bias)
         g_logprob = torch.zeros_like(logsumexp) if g_logprob is None else g_logprob
         weight_lowp = weight.to(ctx.dtype)
@@ -327,9 +327,9 @@ class HeadLogprobs(torch.autograd.Function):
             # d_hidden = dz W
             d_hidden[chunk] = (z @ weight_lowp).to(d_hidden.dtype)
             # d_weight += dz^T hidden; addmm_ adds in place, but needs equal types
-            if ctx.dtype == d_weight.dtype:
+            if d_weight is not None and ctx.dtype == d_weight.dtype:
                 d_weight.addmm_(z.T, h)
-            else:
+            elif d_weight is not None:
                 d_weight += z.T @ h
             # d_bias += dz, summed over tokens
             if d_bias is not None:

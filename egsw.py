@@ -97,7 +97,7 @@ def weights(
     A = advantages if advantages.dim() == 2 else advantages[:, None]
     score = (A + alpha * entropy).detach().float()  # [B, T]
     if not step_wise:  # a row has one score: the mean over its tokens
-        score = (score * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+        score = (score * mask).sum(1, keepdim=True).float() / mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
     competing = mask > 0 if step_wise else torch.ones_like(mask, dtype=torch.bool)  # [B, T] who is in each softmax
     result = torch.zeros_like(mask, dtype=torch.float32)
     for g in group.unique():

@@ -30,9 +30,15 @@ def first_line(error: BaseException) -> str:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, device: torch.device, trust_remote_code: bool = False, gradient_checkpointing: bool = False):
-    """A causal LM with float32 weights, and its tokenizer, from the hub or a folder. Weights are read from safetensors
-    only, and code that comes with a checkpoint runs only with `trust_remote_code`."""
+def load_model(
+    name: str,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+):
+    """A causal LM with weights of this dtype, and its tokenizer, from the hub or a folder. Weights are read from
+    safetensors only, and code that comes with a checkpoint runs only with `trust_remote_code`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -42,11 +48,14 @@ def load_model(name: str, device: torch.device, trust_remote_code: bool = False,
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # with dropout, the policy that is scored is not the policy that sampled
-        options: dict[str, Any] = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
+        options: dict[str, Any] = dict(dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         check_head(model)
+    except torch.OutOfMemoryError:
+        with_lora = ", or --lora-rank 32, which holds them in bf16" if dtype == torch.float32 else ""
+        fail(f"--model {name}: its weights do not fit on the GPU: choose a smaller one{with_lora}")
     except Exception as error:  # of any class: OSError, SafetensorError, JSONDecodeError, ...
         if Path(name).exists():
             fail(f"--model {name} cannot be used: {first_line(error)}")

@@ -6,7 +6,7 @@ for itself, on the whole batch and from the same numbers. So the methods know of
 one process alone, and the result does not depend on the number of processes, except for rounding.
 
     data parallel (the default)   every process holds the model; gradients are summed once per optimizer step
-    --fsdp                        FSDP2: every process holds a part of each weight, of its gradient and of AdamW's state
+    --fsdp                        FSDP2: every process holds a part of each weight, its gradient and its optimizer state
 
 Without torchrun there is one process. It takes the same path through the code, and these functions do nothing.
 """
@@ -182,17 +182,17 @@ def full_tensor(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def full_weights(model) -> dict[str, Tensor] | None:
-    """The whole state dict of a sharded model, on the CPU of process 0; None for a model that is not sharded."""
+def full_weights(model) -> dict[str, Tensor]:
+    """The state dict of the whole model; of a sharded one on the CPU of process 0. A tied weight is in it once."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    if not is_sharded(model):
-        return None
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = model.state_dict()
+    if is_sharded(model):
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     unique_names = {name for name, _ in model.named_parameters()}
     all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied_names = all_names - unique_names  # loading ties them again
-    return {name: weight for name, weight in weights.items() if name not in tied_names}  # type: ignore[misc]
+    return {name: weight for name, weight in weights.items() if name not in tied_names}
 
 
 def full_optimizer_state(optimizer) -> dict:

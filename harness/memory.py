@@ -9,11 +9,14 @@ from harness import distributed
 from harness.options import RunConfig, fail
 
 
-def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]:
+def bytes_of_weights(model) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def estimate_memory(cfg: RunConfig, model, prompt_length: int, on_gpu: bool) -> dict[str, int]:
     """What the parts of a run need, roughly, in bytes on each device. "rollout" and "update" follow each other: they do
-    not add up."""
+    not add up. Of the model, only the shapes count: it may be on the device "meta"."""
     config = model.config.get_text_config()
-    on_gpu = model.device.type == "cuda"
     layers = config.num_hidden_layers
     hidden = config.hidden_size
     vocabulary = config.vocab_size
@@ -23,12 +26,14 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]
     activation = 2 if on_gpu else 4  # bytes of a number in bf16 or float32
     processes = distributed.world_size()
 
-    weights = 4 * sum(p.numel() for p in model.parameters())  # float32
-    gradients = weights
-    adamw = 2 * weights  # two moments of each weight
-    reference = weights if getattr(cfg, "kl_coef", 0) > 0 else 0  # a second model
+    weights = bytes_of_weights(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # with LoRA the adapters alone
+    gradients = 4 * trained  # float32
+    optimizer = 8 * trained if cfg.optimizer == "adamw" else 0  # AdamW's two moments; SGD keeps nothing
+    with_reference = getattr(cfg, "kl_coef", 0) > 0 and not cfg.lora_rank
+    reference = weights if with_reference else 0  # a second model; with LoRA the same one without its adapters
     shards = processes if cfg.fsdp else 1
-    autocast_copy = weights // 2 if on_gpu else 0  # of the weights, in bf16
+    autocast_copy = 2 * trained if on_gpu else 0  # of the float32 weights, in bf16
 
     completions = max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k)
     rows = min(cfg.rollout_rows, math.ceil(completions / processes))  # sampled at a time
@@ -41,10 +46,10 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]
     # 2205.05198) without the attention matrix. With checkpointing only a layer's input is kept.
     kept = 2 if cfg.gradient_checkpointing else 34
     activations = cfg.token_budget * layers * kept * hidden * activation // 2
-    chunks = 2 * 4 * max(common.CHUNK_ELEMENTS[model.device.type], vocabulary)  # two float32 chunks of logits
-    head_gradient = 4 * vocabulary * hidden  # float32
+    chunks = 2 * 4 * max(common.CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"], vocabulary)  # two float32 chunks of logits
+    head_gradient = 0 if cfg.lora_rank else 4 * vocabulary * hidden  # float32; LoRA does not train the head
     return {
-        "weights, gradients, AdamW": (weights + gradients + adamw + reference) // shards + autocast_copy,
+        "weights, gradients, optimizer": (weights + gradients + optimizer + reference) // shards + autocast_copy,
         "rollout": cache + sampling + gathered_weights,
         "update": activations + chunks + head_gradient,
     }
@@ -52,19 +57,31 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int) -> dict[str, int]
 
 def check_memory(cfg: RunConfig, model, prompt_length: int) -> None:
     """Prints one line with the estimate, and refuses what cannot fit on the GPU."""
-    estimate = estimate_memory(cfg, model, prompt_length)
+    on_gpu = model.device.type == "cuda"
+    estimate = estimate_memory(cfg, model, prompt_length, on_gpu)
     n_parameters = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counted = f"{n_parameters:,} parameters"
+    if n_trained < n_parameters:
+        counted += f", of which {n_trained:,} are trained,"
     listed = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in estimate.items())
-    print(f"{n_parameters:,} parameters on {model.device.type}; memory estimated in GiB: {listed}")
-    if model.device.type != "cuda":
-        return
+    print(f"{counted} on {model.device.type}; memory estimated in GiB: {listed}")
+    if on_gpu:
+        already_loaded = bytes_of_weights(model) // (distributed.world_size() if cfg.fsdp else 1)
+        free = min(distributed.all_gather(torch.cuda.mem_get_info()[0])) + already_loaded
+        refuse_too_large(cfg, estimate, free)
+
+
+def refuse_too_large(cfg: RunConfig, estimate: dict[str, int], free: int) -> None:
+    """Ends the program if a run of this estimate needs more than `free` bytes, and says what needs less."""
     fixed, rollout, update = estimate.values()
-    already_loaded = 4 * n_parameters // (distributed.world_size() if cfg.fsdp else 1)  # the weights
-    free = min(distributed.all_gather(torch.cuda.mem_get_info()[0])) + already_loaded
+    with_lora = "" if cfg.lora_rank else ", or --lora-rank 32"
+    with_sgd = "" if cfg.lora_rank or cfg.optimizer == "sgd" else ", --optimizer sgd"
+    checkpointing = "" if cfg.gradient_checkpointing else ", --gradient-checkpointing"
     needs = [
-        (fixed, "a smaller --model"),
-        (fixed + rollout, "a smaller --rollout-rows"),
-        (fixed + update, "a smaller --token-budget"),
+        (fixed, "a smaller --model" + with_sgd + with_lora),
+        (fixed + rollout, "a smaller --rollout-rows" + with_lora),
+        (fixed + update, "a smaller --token-budget" + checkpointing + with_lora),
     ]
     for needed, way_out in needs:
         if needed > free:

@@ -39,7 +39,9 @@ class RunConfig:
     model: str | None = option(None, "hub name or local folder; if not given: the tiny base")
     trust_remote_code: bool = option(False, "run code that comes with the checkpoint")
     gradient_checkpointing: bool = option(False, "less memory, more time: compute activations twice")
-    fsdp: bool = option(False, "under torchrun: split weights, gradients and AdamW over the GPUs (FSDP2)")
+    fsdp: bool = option(False, "under torchrun: split weights, gradients and optimizer over the GPUs (FSDP2)")
+    lora_rank: int = option(0, "train LoRA adapters of this rank on all linear layers; 0: the whole model", at_least=0)
+    lora_alpha: int = option(32, "what the adapters add is multiplied by lora_alpha / lora_rank", at_least=1)
     dataset: str = option("arithmetic", "arithmetic (built in), a hub name, a JSON/JSONL/Parquet file, a saved folder")
     dataset_config: str | None = option(None, "the hub data set's configuration; if not given: main, or its first")
     train_split: str = option("train", "split to train on")
@@ -68,7 +70,10 @@ class RunConfig:
 
     steps: int = option(60, "rollout-and-update steps", at_least=0)
     stop_tokens: int | None = option(None, "end earlier, after this many sampled completion tokens", at_least=1)
-    lr: float = option(None, "learning rate; if not given: 2e-4 below 10M parameters, else 1e-6", above=0)
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "sgd (without momentum) keeps no state: it needs less memory")
+    lr: float = option(
+        None, "if not given: 2e-4 below 10M parameters, else 1e-6; sgd: 0.1, else 0.03; LoRA: ten times that", above=0
+    )
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
     max_grad_norm: float = option(1.0, "a larger gradient is scaled down to this norm", above=0)
     minibatches: int = option(1, "optimizer steps per rollout, each on its part of the rows", at_least=1)
@@ -88,6 +93,12 @@ class RunConfig:
     track: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "where else the metrics go")
     save_plots: bool = option(True, "draw curves.png at the end, if matplotlib is installed")
 
+
+# The learning rate if --lr is not given, below 10M parameters and from there on. With --lora-rank it is ten times this.
+DEFAULT_LR = {"adamw": (2e-4, 1e-6), "sgd": (0.1, 0.03)}
+
+# What a run keeps when it is resumed: its checkpoints hold the state of this optimizer, for these weights.
+FIXED_ON_RESUME = ("optimizer", "lora_rank", "lora_alpha")
 
 # The first option of each section of --help.
 SECTIONS = {
@@ -117,6 +128,11 @@ def parse(config_class: type[C], doc: str | None, argv: list[str] | None = None)
     if args.resume:  # the run's stored options become the defaults; what the command line gives still wins
         parser.set_defaults(**stored_options(args.resume, vars(args).keys()))
         args = parser.parse_args(argv)
+        for name in FIXED_ON_RESUME:
+            stored = parser.get_default(name)
+            if getattr(args, name) != stored:
+                flag = "--" + name.replace("_", "-")
+                fail(f"{flag} {getattr(args, name)}: the run {args.resume} has {stored}, and a run cannot change it")
     return config_class(**vars(args))
 
 
@@ -181,6 +197,8 @@ def check_options(cfg: RunConfig) -> None:
         fail("--eval-only with --eval-rows 0: there is nothing to evaluate on")
     if cfg.name and Path(cfg.name).name != cfg.name:
         fail(f"--name {cfg.name}: it must be the name of a folder in --out {cfg.out}, not a path")
+    if cfg.lora_rank and not importlib.util.find_spec("peft"):
+        fail(f"--lora-rank {cfg.lora_rank}: it needs the package peft, which is not installed (pip install peft)")
     if cfg.track != "none" and not importlib.util.find_spec(cfg.track):
         fail(f"--track {cfg.track}: the package {cfg.track} is not installed")
     try:
@@ -196,7 +214,10 @@ def check_options(cfg: RunConfig) -> None:
 def resolve_defaults(cfg: RunConfig, n_parameters: int, on_gpu: bool) -> None:
     """Fills in, in place, the defaults that depend on the model, the data set and the machine."""
     if cfg.lr is None:
-        cfg.lr = 2e-4 if n_parameters < 10_000_000 else 1e-6
+        small_model, large_model = DEFAULT_LR[cfg.optimizer]
+        cfg.lr = small_model if n_parameters < 10_000_000 else large_model
+        if cfg.lora_rank:
+            cfg.lr = 10 * cfg.lr
     if cfg.max_new_tokens is None:
         cfg.max_new_tokens = 64 if cfg.dataset == "arithmetic" else 512
     if cfg.token_budget is None:

@@ -11,7 +11,7 @@ Every script has this loop:
 
 A run leaves in runs/<name>/: config.json; metrics.jsonl, one line per step, on a CPU the same bytes for the same seed;
 timing.jsonl, the seconds of each step; completions.jsonl; eval.json, eval.csv and eval_completions.jsonl; the trained
-model in model/; checkpoint-N/, from which --resume goes on; curves.png.
+model in model/, with LoRA also adapter/; checkpoint-N/, from which --resume goes on; curves.png.
 
 `torchrun --nproc-per-node N` runs the same loop in N processes (harness/distributed.py). Every process makes the same
 decisions; process 0 writes. harness/stop.py lists how a run can end, and its exit status.
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from common import Rollout
-from harness import data, distributed, evaluation, files, health, memory, reporting, rewards, stop, tiny
+from harness import data, distributed, evaluation, files, health, lora, memory, reporting, rewards, stop, tiny
 from harness.options import RunConfig, check_options, resolve_defaults
 from harness.trainer import Trainer, load_policy
 
@@ -53,7 +53,7 @@ class Run(Trainer):
             problems, eval_problems = data.load_problems(cfg)
             with distributed.main_first():
                 source = cfg.model or str(tiny.base(Path(cfg.out) / "tiny-base"))
-            model, tokenizer = load_policy(cfg, str(checkpoint or source), device)
+            model, tokenizer = load_policy(cfg, source, device, checkpoint)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
@@ -126,6 +126,8 @@ class Run(Trainer):
         if self.evaluations and self.evaluations[-1]["step"] < self.step:
             self.evaluate()
         self.write_model(self.folder / "model")
+        if cfg.lora_rank:
+            self.write_adapters(self.folder / "adapter")
         self.report()
 
     def signal_of_any_process(self) -> int:
@@ -240,19 +242,35 @@ class Run(Trainer):
             "step": self.step,
         }
         checkpoint = self.folder / f"checkpoint-{self.step}"
-        self.write_model(checkpoint, lambda folder: torch.save(state, folder / "state.pt"))
+        write = self.write_adapters if self.cfg.lora_rank else self.write_model
+        write(checkpoint, lambda folder: torch.save(state, folder / "state.pt"))
         if self.is_main:
             for other in self.folder.glob("checkpoint-*"):
                 if other != checkpoint:
                     shutil.rmtree(other)
 
     def write_model(self, path: Path, write_more: Callable[[Path], None] | None = None) -> None:
-        """Writes model and tokenizer, and what `write_more` adds, into the folder `path`."""
+        """Writes model (with its adapters merged) and tokenizer, and what `write_more` adds, into the folder `path`."""
         weights = distributed.full_weights(self.model)  # every process must help, if FSDP has split them
 
         def write(folder: Path) -> None:
-            self.model.save_pretrained(folder, state_dict=weights)
+            if self.cfg.lora_rank:
+                lora.save_merged(self.model, weights, folder)
+            else:
+                self.model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
+            if write_more is not None:
+                write_more(folder)
+
+        if self.is_main:
+            files.write_folder(path, write)
+
+    def write_adapters(self, path: Path, write_more: Callable[[Path], None] | None = None) -> None:
+        """Writes the adapters, and what `write_more` adds, into the folder `path`."""
+        weights = lora.full_adapters(self.model)  # every process must help, if FSDP has split them
+
+        def write(folder: Path) -> None:
+            lora.save_adapters(self.model, weights, folder)
             if write_more is not None:
                 write_more(folder)
 

@@ -24,16 +24,17 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import common
 from common import Rollout, concatenate
-from harness import cuda_graphs, data, distributed, rewards
+from harness import cuda_graphs, data, distributed, lora, rewards
 from harness.options import RunConfig
 
 
@@ -145,13 +146,25 @@ class Sums:
         self.values[name] = self.values.get(name, 0.0) + value
 
 
-def load_policy(cfg: RunConfig, source: str, device: torch.device) -> tuple[Any, Any]:
-    """The model of a checkpoint, sharded over the processes with --fsdp, and its tokenizer."""
+def load_policy(cfg: RunConfig, source: str, device: torch.device, checkpoint: Path | None = None) -> tuple[Any, Any]:
+    """The model of the run's checkpoint, or without one that of `source`, and its tokenizer. With --fsdp the model is
+    sharded over the processes."""
     load_on = torch.device("cpu") if cfg.fsdp else device  # the whole model need not fit on one GPU
-    model, tokenizer = data.load_model(source, load_on, cfg.trust_remote_code, cfg.gradient_checkpointing)
+    name = source if cfg.lora_rank or not checkpoint else str(checkpoint)  # LoRA's checkpoints hold the adapters alone
+    dtype = lora.base_dtype(device) if cfg.lora_rank else torch.float32
+    model, tokenizer = data.load_model(name, load_on, cfg.trust_remote_code, cfg.gradient_checkpointing, dtype)
+    if cfg.lora_rank:
+        lora.prepare(model, cfg, source, checkpoint)
     if cfg.fsdp:
         distributed.shard(model, device)
     return model, tokenizer
+
+
+def new_optimizer(cfg: RunConfig, model) -> Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]  # with LoRA the adapters alone
+    if cfg.optimizer == "sgd":
+        return SGD(trained, lr=cfg.lr)
+    return AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
 
 
 @functools.lru_cache(maxsize=2)
@@ -176,7 +189,7 @@ class Trainer:
         self.device: torch.device = model.device
         self.eos_ids = data.stop_ids(model, tokenizer)
         self.grade = rewards.load(cfg.reward)
-        self.optimizer: Optimizer = AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+        self.optimizer = new_optimizer(cfg, model)
         self.start_schedule(optimizer_steps_done=0)
         self.token_logprobs = distributed.bind(common.token_logprobs, model)
         self.reference_token_logprobs: Callable | None = None  # the same of the model that the KL is measured to
@@ -266,13 +279,18 @@ class Trainer:
         return rollout
 
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
-        """Log-probs [B, T] of the completions under the model that the run started from. Loads it at the first call."""
-        if self.reference_token_logprobs is None:
-            model, _ = load_policy(self.cfg, self.source, self.device)
-            self.reference_token_logprobs = distributed.bind(common.token_logprobs, model.requires_grad_(False))
+        """Log-probs [B, T] of the completions under the model that the run started from: with LoRA the same model
+        without its adapters, else a second model, which is loaded at the first call."""
         all_rows = torch.arange(len(rollout), device=self.device)
         plan = plan_microbatches(rollout, all_rows, self.cfg.token_budget)
-        logprobs = self.score(self.reference_token_logprobs, rollout, plan)
+        if self.cfg.lora_rank:
+            with lora.adapters_off(self.model):
+                logprobs = self.score(self.token_logprobs, rollout, plan)
+        else:
+            if self.reference_token_logprobs is None:
+                model, _ = load_policy(self.cfg, self.source, self.device)
+                self.reference_token_logprobs = distributed.bind(common.token_logprobs, model.requires_grad_(False))
+            logprobs = self.score(self.reference_token_logprobs, rollout, plan)
         distributed.all_reduce(logprobs)  # one process has scored a row, the others have zeros there
         return logprobs
 

@@ -1,5 +1,6 @@
 """What several test files use: running scripts, random batches, sampled rollouts, and the plain way to score them."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ MORE = {
     "forking": forking, "cov": cov, "entropy_advantage": entropy_advantage, "quantile": quantile, "cispo": cispo,
 }  # fmt: skip
 METHODS = SCRIPTS | MORE
+needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs the package peft")
 T = 9  # tokens of a completion of the toy base, at most
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import METHODS, ROOT, SCRIPTS, call, lines, refused
+from helpers import METHODS, ROOT, SCRIPTS, call, lines, needs_peft, refused
 from safetensors.torch import load_file
 
 from harness import distributed
@@ -88,6 +88,40 @@ def test_two_processes_sample_and_learn_what_one_does(name, both, monkeypatch):
             assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
         assert distance(one, two) < 1e-5
         assert max(float((final(one)[k] - v).abs().max()) for k, v in base_weights(options).items()) > 0.001
+
+
+TRAINED = {  # what is trained, and how
+    "sgd": ("--optimizer", "sgd", "--lr", 0.3),
+    "lora": ("--lora-rank", 3, "--lr", 1e-3, "--kl-coef", 0.1, "--minibatches", 2, "--gradient-checkpointing"),
+}
+
+
+@needs_peft
+def test_sgd_and_adapters_learn_in_two_processes_what_they_learn_in_one(small, toy, tmp_path, monkeypatch):
+    runs = []
+    for name, options in TRAINED.items():
+        options = small("--steps", 3, "--n-prompts", 7, *options)
+        call(monkeypatch, "grpo", *options, "--name", f"{name}-one")
+        runs += [
+            ("grpo", *options, "--name", f"{name}-parallel"),
+            ("grpo", *options, "--name", f"{name}-fsdp", "--fsdp"),
+        ]
+    resumed = tmp_path / "lora-resumed"
+    runs += [
+        ("grpo", *small(*TRAINED["lora"], "--n-prompts", 7, "--steps", 2), "--name", resumed.name),
+        ("grpo", "--resume", resumed, "--steps", 3, "--fsdp"),
+    ]
+    two_processes(tmp_path, *runs)
+    base = load_file(toy / "model.safetensors")
+    for name in TRAINED:
+        one = tmp_path / f"{name}-one"
+        assert max(float((final(one)[key] - weight).abs().max()) for key, weight in base.items()) > 0.001
+        for kind in ("parallel", "fsdp"):
+            assert distance(one, tmp_path / f"{name}-{kind}") < 1e-5
+            assert (one / "completions.jsonl").read_bytes() == (
+                tmp_path / f"{name}-{kind}/completions.jsonl"
+            ).read_bytes()
+    assert distance(tmp_path / "lora-one", resumed) < 1e-5
 
 
 def base_weights(options):

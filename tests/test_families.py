@@ -1,16 +1,16 @@
-"""Model families: sampling, scoring and one step of training with small random models."""
+"""Model families: sampling, scoring and one step of training, of all weights or of adapters, with random models."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import error_line, rollout_of, score
+from helpers import error_line, needs_peft, rollout_of, score
 
 import common
 import grpo
-from harness import cuda_graphs, data, tiny
+from harness import cuda_graphs, data, distributed, lora, tiny
 from harness.options import RunConfig
-from harness.trainer import Trainer
+from harness.trainer import Trainer, load_policy
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, max_position_embeddings=64)  # fmt: skip
@@ -46,10 +46,17 @@ def checkpoint(family, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpointing, tmp_path):
+@pytest.mark.parametrize("gradient_checkpointing, lora_rank", [
+    (False, 0), (True, 0), pytest.param(False, 4, marks=needs_peft), pytest.param(True, 4, marks=needs_peft),
+])  # fmt: skip
+def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpointing, lora_rank, tmp_path):
     folder = checkpoint(family, tmp_path / "a")
-    model, tokenizer = data.load_model(folder, torch.device("cpu"), gradient_checkpointing=gradient_checkpointing)
+    cfg = RunConfig(lr=1e-3, max_new_tokens=20, token_budget=100, temperature=0.8, lora_rank=lora_rank)
+    cfg.gradient_checkpointing = gradient_checkpointing
+    model, tokenizer = load_policy(cfg, folder, torch.device("cpu"))
+    if lora_rank:
+        for p in lora.adapters(model).values():
+            p.data = 0.2 * torch.randn_like(p)  # large enough that a layer without its adapter shows
     prompts = tokenizer(["1+2?", "12+3-4+5-6+7?", "9-8?"])["input_ids"]
     uniforms = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
     options = (model, prompts, 4, 20, data.stop_ids(model, tokenizer), uniforms, 0.8)
@@ -70,7 +77,6 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
 
     r.rewards = (torch.arange(12) % 2).float()
     A = grpo.advantages(r.rewards, r.group)
-    cfg = RunConfig(lr=1e-3, max_new_tokens=20, token_budget=100, temperature=0.8)
     trainer = Trainer(cfg, model, tokenizer, [], folder)
     before = [p.detach().clone() for p in model.parameters()]
     for minibatch in trainer.minibatches(r, "token", A):
@@ -81,12 +87,17 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
             trainer.record(batch, per_token)
         trainer.optimizer_step()
     assert trainer.update_metrics["grad_norm"] > 0 and trainer.update_metrics["skipped_updates"] == 0
-    assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    model.save_pretrained(tmp_path / "b")
+    moved = [p for p, b in zip(model.parameters(), before, strict=True) if not torch.equal(p, b)]
+    assert moved and all(p.requires_grad for p in moved)
     tokenizer.save_pretrained(tmp_path / "b")
+    if lora_rank:
+        lora.save_merged(model, distributed.full_weights(model), tmp_path / "b")
+    else:
+        model.save_pretrained(tmp_path / "b")
     again, _ = data.load_model(str(tmp_path / "b"), torch.device("cpu"))
-    for a, b in zip(again.parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, b)
+    model.eval()
+    rounding = 1e-3 if lora_rank else 0.0  # of the adapters that were merged
+    torch.testing.assert_close(again(r.completion_ids).logits, model(r.completion_ids).logits, atol=rounding, rtol=0)
 
 
 @pytest.mark.parametrize("family, name", [("Cohere", "logit_scale"), ("Granite", "logits_scaling"),

@@ -9,7 +9,7 @@ from helpers import METHODS, ROOT, SCRIPTS
 ORDER = [
     "common", "verifier",
     "harness.options", "harness.rewards", "harness.files", "harness.tiny", "harness.evaluation", "harness.health",
-    "harness.reporting", "harness.cuda_graphs", "harness.distributed", "harness.memory",
+    "harness.reporting", "harness.cuda_graphs", "harness.distributed", "harness.lora", "harness.memory",
     "harness.stop", "harness.data", "harness.trainer", "harness.run",
     "grpo", "dapo", "egsw", "gtpo", "grpo_s",
     "more.forking", "more.cov", "more.entropy_advantage", "more.quantile", "more.cispo",

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SCRIPTS, call, lines, refused
+from helpers import SCRIPTS, call, lines, needs_peft, refused
 from safetensors.torch import load_file
 
 from harness import files, stop, trainer
@@ -39,6 +39,41 @@ def test_two_steps_resume_two_steps_equals_four(name, small, tmp_path, monkeypat
     for file in ("metrics.jsonl", "completions.jsonl", "eval_completions.jsonl", "eval.json", "eval.csv"):
         assert (a / file).read_bytes() == (b / file).read_bytes(), file
     assert [p.name for p in b.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+WITH_SGD = ("--optimizer", "sgd", "--lr", 0.1)
+WITH_LORA = ("--lora-rank", 4, "--lr", 1e-2, "--kl-coef", 0.1)
+WITH_BOTH = ("--lora-rank", 4, "--lr", 0.5, "--optimizer", "sgd", "--gradient-checkpointing")
+
+
+@pytest.mark.parametrize("options", [
+    WITH_SGD, pytest.param(WITH_LORA, marks=needs_peft), pytest.param(WITH_BOTH, marks=needs_peft),
+])  # fmt: skip
+def test_with_sgd_and_with_adapters_too(options, small, tmp_path, monkeypatch):
+    options = (*options, "--save-every", 1, "--minibatches", 2, "--warmup-steps", 6)
+    call(monkeypatch, "grpo", *small("--name", "whole", "--steps", 4, *options))
+    call(monkeypatch, "grpo", *small("--name", "half", "--steps", 2, *options))
+    call(monkeypatch, "grpo", "--resume", str(tmp_path / "half"), "--steps", "4")
+    a, b = tmp_path / "whole", tmp_path / "half"
+    files_of_weights = [path.relative_to(a) for path in a.glob("*/*.safetensors")]
+    assert len(files_of_weights) == (3 if "--lora-rank" in options else 2)
+    for file in files_of_weights:
+        after = load_file(a / file)
+        assert all(torch.equal(after[key], value) for key, value in load_file(b / file).items()), file
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    rates = [row["lr"] for row in lines(a / "metrics.jsonl")]
+    assert rates[0] < rates[1] < rates[2] == rates[3]  # warm-up goes on where it was
+
+
+def test_a_run_of_adamw_does_not_go_on_with_sgd(small, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 1))
+    stored = json.loads((tmp_path / "r" / "config.json").read_text())
+    del stored["optimizer"]  # an older version had AdamW alone
+    (tmp_path / "r" / "config.json").write_text(json.dumps(stored))
+    capsys.readouterr()
+    resume = ("--resume", str(tmp_path / "r"), "--steps", "2")
+    assert "--optimizer sgd" in refused(monkeypatch, capsys, tmp_path, *resume, "--optimizer", "sgd", name="grpo")
+    call(monkeypatch, "grpo", *resume, "--optimizer", "adamw")
 
 
 def test_a_run_goes_on_at_the_learning_rate_that_is_given(small, tmp_path, monkeypatch):

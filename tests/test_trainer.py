@@ -94,9 +94,7 @@ def step(loaded, rollout=None, A=None, reduction="sequence", skip=True, **option
         rollout = rollout_of(model, tokenizer)
         rollout.rewards = (torch.arange(len(rollout)) % 3 == 0).float()
     A = grpo.advantages(rollout.rewards, rollout.group) if A is None else A
-    t = trainer_of(model, tokenizer, lr=0.1, warmup_steps=0, **options)
-    t.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    t.start_schedule(optimizer_steps_done=0)
+    t = trainer_of(model, tokenizer, optimizer="sgd", lr=0.1, warmup_steps=0, **options)
     before = [p.detach().clone() for p in model.parameters()]
     gaps = []
     for minibatch in t.minibatches(rollout, reduction, active=A if skip else None):
@@ -194,10 +192,20 @@ def test_loss_and_gradient_norm_are_means_over_the_optimizer_steps(loaded):
     assert 0.3 * once["grad_norm"] < twice["grad_norm"] < 1.5 * once["grad_norm"]
 
 
+def test_sgd_moves_the_weights_by_the_gradient_alone_and_keeps_no_state(loaded):
+    t = trainer_of(*loaded, optimizer="sgd", lr=0.1, warmup_steps=0, max_grad_norm=1e9)
+    for factor in (1.0, 2.0):  # with momentum, the second step would be longer than its gradient
+        before = [p.detach().clone() for p in loaded[0].parameters()]
+        for p in loaded[0].parameters():
+            p.grad = torch.full_like(p, factor)
+        t.optimizer_step()
+        for p, b in zip(loaded[0].parameters(), before, strict=True):
+            torch.testing.assert_close(p.detach(), b - 0.1 * factor)
+    assert not t.optimizer.state_dict()["state"]
+
+
 def test_the_learning_rate_rises_over_the_warmup_and_stays(loaded):
-    t = trainer_of(*loaded, lr=1.0, warmup_steps=3)
-    t.optimizer = torch.optim.SGD(loaded[0].parameters(), lr=1.0)
-    t.start_schedule(optimizer_steps_done=0)
+    t = trainer_of(*loaded, optimizer="sgd", lr=1.0, warmup_steps=3)
     rates = []
     for _ in range(5):
         rates.append(t.optimizer.param_groups[0]["lr"])

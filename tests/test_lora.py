@@ -1,0 +1,256 @@
+"""LoRA (harness/lora.py): what is trained, what the reference is, what is saved, and what is refused."""
+
+import importlib
+import json
+import math
+
+import pytest
+import torch
+from helpers import call, error_line, lines, refused, rollout_of, score, trainer_of
+from safetensors.torch import load_file
+
+import common
+import grpo
+from harness import data, distributed, lora, tiny
+from harness.options import RunConfig, resolve_defaults
+from harness.trainer import load_policy
+
+pytest.importorskip("peft")
+CPU = torch.device("cpu")
+
+
+def with_adapters(folder, **options):
+    """The model of the folder with adapters of rank 4, and its tokenizer."""
+    return load_policy(RunConfig(**({"lora_rank": 4} | options)), str(folder), CPU)
+
+
+def disturb(model, size=0.05):
+    """Moves the adapters away from zero, as training does."""
+    rng = torch.Generator().manual_seed(0)
+    for name, p in lora.adapters(model).items():
+        if ".lora_B." in name:
+            p.data = size * torch.randn(p.shape, generator=rng)
+
+
+def train_once(t, rollout):
+    """One GRPO step on made-up rewards."""
+    A = grpo.advantages((torch.arange(len(rollout)) % 3 == 0).float(), rollout.group)
+    for minibatch in t.minibatches(rollout, "sequence", A):
+        for batch in minibatch:
+            ratio = (batch.logprobs - batch.old_logprobs).exp()
+            per_token = grpo.loss(ratio, A[batch.rows], batch.mask)
+            (per_token * batch.loss_weights).sum().backward()
+            t.record(batch, per_token)
+        t.optimizer_step()
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_new_adapters_change_nothing_and_are_the_same_for_the_same_seed(toy, loaded):
+    model, tokenizer = with_adapters(toy)
+    base = rollout_of(*loaded)
+    rollout = rollout_of(model, tokenizer)
+    assert torch.equal(base.completion_ids, rollout.completion_ids) and torch.equal(base.logprobs, rollout.logprobs)
+    first = lora.full_adapters(model)
+    torch.rand(1)
+    again = lora.full_adapters(with_adapters(toy)[0])
+    other = lora.full_adapters(with_adapters(toy, seed=1)[0])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_every_linear_layer_but_the_head_has_an_adapter_and_nothing_else_is_trained(toy):
+    model, _ = with_adapters(toy)
+    adapted = {name for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    plain, _ = data.load_model(str(toy), CPU)
+    linear = {name for name, layer in plain.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert adapted == linear - {"lm_head"} and len(adapted) == 3 * 7
+    assert all(".lora_A." in name or ".lora_B." in name for name in lora.adapters(model))
+    assert len(lora.adapters(model)) == 2 * len(adapted)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_moves_the_adapters_and_leaves_the_base_alone(gradient_checkpointing, optimizer, toy):
+    model, tokenizer = with_adapters(toy, gradient_checkpointing=gradient_checkpointing)
+    disturb(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    t = trainer_of(model, tokenizer, lora_rank=4, optimizer=optimizer, lr=1e-2)
+    train_once(t, rollout_of(model, tokenizer))
+    assert t.update_metrics["skipped_updates"] == 0
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != (".lora_" in name), name
+
+
+def test_the_gradient_of_the_adapters_is_that_of_the_plain_logits(toy):
+    model, tokenizer = with_adapters(toy)
+    disturb(model)
+    rollout = rollout_of(model, tokenizer, Q=2, G=2)
+    factors = torch.rand(rollout.mask.shape, generator=torch.Generator().manual_seed(1))
+    inputs = (rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids, rollout.mask)
+    trained = list(lora.adapters(model).values())
+    logprobs, _ = common.token_logprobs(model, *inputs)
+    gradients = torch.autograd.grad((logprobs * factors).sum(), trained)
+    total = 0.0
+    for i in range(len(rollout)):
+        P = int(rollout.prompt_lengths[i])
+        n = int(rollout.mask[i].sum())
+        ids = torch.cat([rollout.prompt_ids[i, :P], rollout.completion_ids[i, :n]])
+        log_p = model(ids[None]).logits[0, P - 1 : -1].log_softmax(-1)
+        total = total + (log_p.gather(1, ids[P:, None]).squeeze(1) * factors[i, :n]).sum()
+    for gradient, expected in zip(gradients, torch.autograd.grad(total, trained), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_reference_is_the_base_and_the_same_numbers_as_a_separate_copy(toy):
+    model, tokenizer = with_adapters(toy)
+    disturb(model)
+    rollout = rollout_of(model, tokenizer)
+    without_copy = trainer_of(model, tokenizer, lora_rank=4).reference_logprobs(rollout)
+    full = trainer_of(*data.load_model(str(toy), CPU))
+    full.source = str(toy)
+    assert torch.equal(without_copy, full.reference_logprobs(rollout))
+    assert (score(model, rollout)[0] - without_copy).abs().max() > 0.01  # the adapters are on again
+
+
+# --- a base in bf16, as on a GPU --------------------------------------------------------------------------------------
+
+
+def bf16_base(toy):
+    """The toy base as a GPU would hold it: bf16, with disturbed adapters in float32."""
+    model, tokenizer = data.load_model(str(toy), CPU, dtype=lora.base_dtype(torch.device("cuda")))
+    lora.prepare(model, RunConfig(lora_rank=4), str(toy))
+    disturb(model)
+    return model, tokenizer
+
+
+def test_a_bf16_base_trains_float32_adapters(toy, monkeypatch):
+    model, tokenizer = bf16_base(toy)
+    assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
+    assert {p.dtype for p in lora.adapters(model).values()} == {torch.float32}
+    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    before = {name: weight.clone() for name, weight in lora.full_adapters(model).items()}
+    t = trainer_of(model, tokenizer, lora_rank=4, lr=1e-3)
+    train_once(t, rollout_of(model, tokenizer))
+    assert t.update_metrics["sampling_logp_difference"] < 0.05 and t.update_metrics["skipped_updates"] == 0
+    assert all(not torch.equal(weight, before[name]) for name, weight in lora.full_adapters(model).items())
+
+
+def test_merging_into_a_bf16_base_loses_nothing(toy, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = bf16_base(toy)
+    base = {name: weight.float() for name, weight in model.state_dict().items()}
+    lora.save_merged(model, distributed.full_weights(model), tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    name = "model.layers.1.mlp.down_proj"
+    A = base[f"{name}.lora_A.default.weight"]
+    B = base[f"{name}.lora_B.default.weight"]
+    expected = base[f"{name}.base_layer.weight"] + 32 / 4 * (B @ A)
+    weight = merged.get_submodule(name).weight
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-6)
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_plain_model_its_adapters_and_a_small_checkpoint(small, toy, tmp_path, monkeypatch, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    call(monkeypatch, "grpo", *small("--name", "r", "--lora-rank", 4, "--lr", 1e-2, "--kl-coef", 0.1, "--steps", 3))
+    folder = tmp_path / "r"
+    metrics = lines(folder / "metrics.jsonl")
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    assert all(row["sampling_logp_difference"] < 1e-5 for row in metrics)
+    assert metrics[0]["kl"] == 0 and metrics[-1]["kl"] > 0
+    assert "are trained" in capsys.readouterr().out
+
+    merged = AutoModelForCausalLM.from_pretrained(folder / "model")
+    ids = AutoTokenizer.from_pretrained(folder / "model")("1+2?", return_tensors="pt")["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(toy)
+    assert [name for name, _ in merged.named_parameters()] == [name for name, _ in base.named_parameters()]
+    assert (merged(ids).logits - base(ids).logits).abs().max() > 0.01
+    by_peft = PeftModel.from_pretrained(base, folder / "adapter")
+    torch.testing.assert_close(by_peft(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
+
+    checkpoint = folder / "checkpoint-3"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "state.pt"}
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    moments = torch.load(checkpoint / "state.pt")["optimizer"]["state"]
+    assert len(moments) == len(weights) == 2 * 3 * 7
+    assert sum(m["exp_avg"].numel() for m in moments.values()) == sum(weight.numel() for weight in weights.values())
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_evaluated_alike_with_adapters_and_merged(small, tmp_path, monkeypatch):
+    call(monkeypatch, "grpo", *small("--name", "r", "--lora-rank", 4, "--lr", 1e-2))
+    call(monkeypatch, "grpo", *small("--name", "m", "--model", tmp_path / "r" / "model", "--eval-only"))
+    trained = json.loads((tmp_path / "r" / "eval.json").read_text())[-1]
+    merged = json.loads((tmp_path / "m" / "eval.json").read_text())[-1]
+    assert {**trained, "step": 0} == merged
+
+
+@pytest.mark.parametrize("optimizer, n_parameters, lr", [
+    ("adamw", 150_000, 2e-3), ("adamw", 10**9, 1e-5), ("sgd", 150_000, 1.0), ("sgd", 10**9, 0.3),
+])  # fmt: skip
+def test_the_learning_rate_is_ten_times_that_of_the_full_model(optimizer, n_parameters, lr):
+    rates = []
+    for rank in (0, 8):
+        cfg = RunConfig(lora_rank=rank, optimizer=optimizer)
+        resolve_defaults(cfg, n_parameters, on_gpu=False)
+        rates.append(cfg.lr)
+    assert rates == pytest.approx([lr / 10, lr])
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_experts_in_one_tensor_are_refused(capsys):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = dict(hidden_size=32, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_key_value_heads=2, head_dim=16, num_experts=4))
+    with pytest.raises(SystemExit) as stop:
+        lora.add_adapters(model, RunConfig(lora_rank=4), source="")
+    assert stop.value.code == 2 and "--lora-rank" in error_line(capsys)
+
+
+def test_without_peft_it_is_refused_in_one_line(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = refused(monkeypatch, capsys, tmp_path, *small("--lora-rank", 4))
+    assert "--lora-rank" in message and "pip install peft" in message
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_optimizer_and_its_adapters(small, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "grpo", *small("--name", "r", "--lora-rank", 4, "--steps", 1))
+    capsys.readouterr()
+    for option, value in (("--lora-rank", "8"), ("--lora-rank", "0"), ("--lora-alpha", "8"), ("--optimizer", "sgd")):
+        message = refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), option, value, name="grpo")
+        assert f"{option} {value}" in message
+
+
+@pytest.mark.slow
+def test_adapters_go_back_to_their_own_base_alone(small, toy, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "grpo", *small("--name", "r", "--lora-rank", 4, "--steps", 1))
+    moved = tmp_path / "moved"
+    (tmp_path / "other").mkdir()
+    model, tokenizer = data.load_model(str(toy), CPU)
+    model.save_pretrained(moved)
+    tokenizer.save_pretrained(moved)
+    other = tiny.new_model(tokenizer, seed=1)
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    resume = ("--resume", str(tmp_path / "r"), "--steps", "2")
+    message = refused(monkeypatch, capsys, tmp_path, *resume, "--model", str(tmp_path / "other"), name="grpo")
+    assert "--model" in message and "base" in message
+    call(monkeypatch, "grpo", *resume, "--model", str(moved))  # the same weights in another place
+    assert [row["step"] for row in lines(tmp_path / "r" / "metrics.jsonl")] == [1, 2]
