@@ -622,3 +622,12 @@ def test_the_functions_have_the_defaults_of_the_script(name):
                 assert parameter.default == config[option], (function, option)
                 compared += 1
     assert compared >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_advantages_take_other_types_than_float32(name, dtype):
+    rewards, group, mask, entropy = batch()
+    expected = token_advantages(name, rewards, entropy, mask, group)
+    got = token_advantages(name, rewards.to(dtype), entropy.to(dtype), mask.to(dtype), group)
+    torch.testing.assert_close(got.float(), expected, atol=0.05, rtol=0.05)
