@@ -78,6 +78,8 @@ def plan(question: str) -> Iterator[Line]:
             for lr in (2e-4, 1.2e-3):
                 yield "countdown", method, dict(lr=lr, eval_every=54)
             yield "countdown", method, dict(stop_tokens=2 * cells.TOKENS, eval_every=108)
+        for options in (OFTEN, dict(lr=2e-4, eval_every=54), dict(lr=1.2e-3, eval_every=54)):
+            yield "countdown", "egsw", dict(step_wise=False) | options
     if question == "parts":
         yield "countdown", "grpo", OFTEN
         yield "countdown", "egsw", OFTEN
@@ -93,6 +95,8 @@ def plan(question: str) -> Iterator[Line]:
         for wrong_scale in (0.5, 0.0):
             yield "countdown", "controls", dict(reduction="token", wrong_scale=wrong_scale)
         yield "countdown", "controls", dict(reduction="token", right_scale=0.0)
+        yield "countdown", "controls", dict(reduction="token", hard_power=0.5)
+        yield "countdown", "controls", dict(reduction="token", hard_power=0.5) | MATCHED
         for entropy_bonus in (0.01, 0.03, 0.1):
             yield "countdown", "controls", dict(reduction="token", entropy_bonus=entropy_bonus)
     if question == "entropy_terms":

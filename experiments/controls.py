@@ -4,7 +4,9 @@
     python experiments/controls.py --help
 
 --right-scale and --wrong-scale multiply the advantages of right and of wrong completions: EGSW also gives right ones
-more weight. --entropy-bonus adds the entropy of the policy at every token to the objective, with this factor.
+more weight. --hard-power h multiplies the advantages of a group by ((1 - p) / p)^(h / 2), where p is the share of its
+right completions: EGSW also gives hard prompts more weight. --entropy-bonus adds the entropy of the policy at every
+token to the objective, with this factor.
 """
 
 import sys
@@ -26,15 +28,22 @@ from harness.run import Run
 class Config(grpo.Config):
     right_scale: float = option(1.0, "factor of the advantages of right completions", at_least=0)
     wrong_scale: float = option(1.0, "factor of the advantages of wrong completions", at_least=0)
+    hard_power: float = option(0.0, "h; above 0, prompts with few right completions count more", at_least=0)
     entropy_bonus: float = option(0.0, "weight of the policy's entropy in the objective", at_least=0)
 
 
 def token_advantages(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
-    advantage: str = "grpo", right_scale: float = 1.0, wrong_scale: float = 1.0,
+    advantage: str = "grpo", right_scale: float = 1.0, wrong_scale: float = 1.0, hard_power: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """GRPO's advantage of every token times the factor of its outcome: [B, T], 0 where mask is 0."""
-    scale = torch.where(rewards > 0.5, right_scale, wrong_scale)  # [B]
+    """GRPO's advantage of every token times the factors of its outcome and of its group: [B, T], 0 where mask is 0."""
+    right = rewards > 0.5
+    scale = torch.where(right, right_scale, wrong_scale)  # [B]
+    for g in group.unique():
+        rows = group == g
+        p = right[rows].float().mean()
+        if 0 < p < 1:
+            scale[rows] *= ((1 - p) / p) ** (hard_power / 2)
     return (grpo.advantages(rewards, group, advantage) * scale)[:, None] * mask
 
 
@@ -47,6 +56,7 @@ def main() -> None:
             A = token_advantages(
                 rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
                 advantage=cfg.advantage, right_scale=cfg.right_scale, wrong_scale=cfg.wrong_scale,
+                hard_power=cfg.hard_power,
             )  # [B, T]  # fmt: skip
             active = None if cfg.entropy_bonus > 0 else A  # the bonus acts on every completion
             for minibatch in run.minibatches(rollout, cfg.reduction, active):

@@ -9,11 +9,11 @@ lengths of training. egsw_grid.png: EGSW's mean@32 on arithmetic over P and alph
 import statistics
 from pathlib import Path
 
-from tables import frontier_points, largest_k, lines_of
+from tables import frontier_points, largest_k, lines_of, name_of
 
 COLOURS = {
     "grpo": "#4c72b0", "dapo": "#dd8452", "egsw": "#55a868", "gtpo": "#c44e52", "grpo_s": "#8172b3",
-    "forking": "#937860", "cov": "#da8bc3", "entropy_advantage": "#8c8c8c", "quantile": "#ccb974", "cispo": "#64b5cd",
+    "egsw step_wise=False": "#1f6b3a", "forking": "#937860", "cov": "#da8bc3", "entropy_advantage": "#8c8c8c", "quantile": "#ccb974", "cispo": "#64b5cd",
 }  # fmt: skip
 
 
@@ -115,16 +115,17 @@ def parts(pyplot, rows: list[dict]):
 def frontier(pyplot, evaluations: list[dict]):
     """A line joins the evaluations of one learning rate, from the first to the last; the base is the black cross."""
     figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    for method, points in frontier_points([row for row in evaluations if row["question"] == "frontier"]).items():
-        for row in evaluations:
-            if row["question"] == "frontier" and row["method"] == method and row["evaluation"] > 0:
+    rows = [row for row in evaluations if row["question"] == "frontier"]
+    for method, points in frontier_points(rows).items():
+        for row in rows:
+            if name_of(row).startswith(method) and row["evaluation"] > 0:
                 axis.plot(row["mean@64"], row["pass@64"], ".", color=COLOURS[method], markersize=2, alpha=0.5)
         for i, variant in enumerate(distinct(points, "variant")):
             some = [point for point in points if point["variant"] == variant]
             x = [point["mean@64"] for point in some]
             y = [point["pass@64"] for point in some]
             axis.plot(x, y, "-o", color=COLOURS[method], markersize=5, linewidth=1, label=method if i == 0 else None)
-    before = [row for row in evaluations if row["question"] == "frontier" and row["evaluation"] == 0]
+    before = [row for row in rows if row["evaluation"] == 0]
     x = statistics.fmean(row["mean@64"] for row in before)
     y = statistics.fmean(row["pass@64"] for row in before)
     axis.plot(x, y, "x", color="black", markersize=9, label="before")

@@ -207,7 +207,9 @@ def frontier_points(evaluations: list[dict]) -> dict[str, list[dict]]:
     groups: dict[str, dict[tuple, list[dict]]] = {}
     for row in evaluations:
         if row["question"] in ("frontier", "neighbours") and row["setting"] == "countdown" and row["evaluation"] > 0:
-            of_method = groups.setdefault(row["method"].removeprefix("more."), {})
+            parts = name_of(row).split()
+            name = " ".join(part for part in parts if not part.startswith(("lr=", "stop_tokens=")))
+            of_method = groups.setdefault(name, {})
             of_method.setdefault((row["variant"], row["evaluation"]), []).append(row)
     points: dict[str, list[dict]] = {}
     for method, found in groups.items():
