@@ -13,7 +13,8 @@ from tables import frontier_points, largest_k, lines_of, name_of
 
 COLOURS = {
     "grpo": "#4c72b0", "dapo": "#dd8452", "egsw": "#55a868", "gtpo": "#c44e52", "grpo_s": "#8172b3",
-    "egsw step_wise=False": "#1f6b3a", "forking": "#937860", "cov": "#da8bc3", "entropy_advantage": "#8c8c8c", "quantile": "#ccb974", "cispo": "#64b5cd",
+    "egsw step_wise=False": "#1f6b3a", "forking": "#937860", "cov": "#da8bc3", "entropy_advantage": "#8c8c8c",
+    "quantile": "#ccb974", "cispo": "#64b5cd",
 }  # fmt: skip
 
 
