@@ -117,6 +117,7 @@ def next_token(model, hidden: Tensor, uniforms: Tensor, temperature: float, gree
         logprob = logprobs.gather(1, token)
         entropy = torch.special.entr(logprobs.exp_()).sum(-1)  # entr(p) = -p log p
         parts.append((token, logprob, entropy))
+        del logprobs  # before the next chunk
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -228,10 +229,10 @@ def sample(
                 break
             # 3) Group the rows by (node, token): each pair is one child node, a line of the next batch. If rows of node
             #    0 drew 5, 5 and 7, and the row of node 1 drew 5, the children are (0, 5), (0, 7) and (1, 5).
-            pair, child = (node * 2**32 + token).unique(return_inverse=True)  # sorted: children of a node are adjacent
+            pair, child = (node * 2**32 + token).unique(return_inverse=True)  # token ids are below 2**32
             parent = pair // 2**32  # [children]
             child_token = pair % 2**32  # [children]
-            node_was_split = (parent[1:] == parent[:-1]).any()
+            node_was_split = (parent[1:] == parent[:-1]).any()  # pairs are sorted, so children of a node are adjacent
             if len(pair) < COMPACT_BELOW * len(hidden) or node_was_split:
                 # Each child takes its parent's line of the cache. Nodes without unfinished rows fall out.
                 cache.batch_select_indices(parent)
