@@ -86,39 +86,39 @@ def head_factors(model) -> tuple[float, float | None]:
 
 def head_logits(model, hidden: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits divided by the temperature, float32 [N, V], from the decoder's last hidden states [N, D]."""
-    logits = model.get_output_embeddings()(hidden).float()
-    scale, cap = head_factors(model)
-    if scale != 1.0:
-        logits = logits * scale
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
-    return logits / temperature if temperature != 1.0 else logits
+    head = model.get_output_embeddings()
+    return HeadLogprobs.logits(hidden, head.weight, getattr(head, "bias", None), *head_factors(model), temperature)[0]
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def inverse_cdf(probs: Tensor, node: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's random number.
-    probs [n, V]; node [b], the line of probs that each row draws from; uniforms [b] in [0, 1) -> token ids [b]. Each
-    row has a number of its own, so a sample does not depend on the other rows.
+def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds a random number in [0, 1).
+    probs [n, V], which it overwrites; uniforms [n, G] -> token ids [n, G]: G draws from each line of probs. Each draw
+    has a number of its own, so a sample does not depend on the others."""
+    cdf = probs.cumsum_(-1)  # on CUDA, cumsum can change in its last bit, so a run may not repeat exactly
+    threshold = uniforms * cdf[:, -1:]  # the last entry is 1, except for rounding
+    # right=True never takes a token of probability 0
+    return torch.searchsorted(cdf, threshold, right=True).clamp(max=probs.shape[1] - 1)
+
+
+def next_token(model, hidden: Tensor, uniforms: Tensor, temperature: float, greedy: bool) -> tuple[Tensor, ...]:
+    """G draws of each node's next token [n, G], their log-probs [n, G], and the entropy of the node's distribution [n].
+
+    hidden [n, D], last hidden state of each node (see `sample`); uniforms [n, G]; greedy: all draws are the most
+    probable token. Works on chunks of nodes, so at most two float32 tensors of chunk x vocabulary exist at a time.
     """
-    cdf = probs.cumsum(-1)[node]  # on CUDA, cumsum can change in its last bit, so a run may not repeat exactly
-    threshold = uniforms[:, None] * cdf[:, -1:]  # the last entry is 1, except for rounding
-    token = torch.searchsorted(cdf, threshold, right=True)  # right=True never takes a token of probability 0
-    return token.squeeze(1).clamp(max=probs.shape[1] - 1)
-
-
-def next_token(model, hidden: Tensor, node: Tensor, uniforms: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
-    """The next token of each row, its log-prob, and the entropy of the distribution it was drawn from: three [b].
-
-    hidden [n, D], last hidden state of each node (see `sample`); node [b], of each row; uniforms [b], or None: argmax.
-    """
-    logprobs = head_logits(model, hidden, temperature).log_softmax(-1)  # [n, V]
-    probs = logprobs.exp()
-    token = logprobs.argmax(-1)[node] if uniforms is None else inverse_cdf(probs, node, uniforms)
-    entropy = torch.special.entr(probs).sum(-1)  # [n] entr(p) = -p log p
-    return token, logprobs[node, token], entropy[node]
+    size = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(model.get_output_embeddings().weight))  # nodes
+    parts = []
+    for h, u in zip(hidden.split(size), uniforms.split(size), strict=True):
+        logprobs = head_logits(model, h, temperature).log_softmax(-1)
+        token = logprobs.argmax(-1, keepdim=True).expand_as(u) if greedy else inverse_cdf(logprobs.exp(), u)
+        logprob = logprobs.gather(1, token)
+        entropy = torch.special.entr(logprobs.exp_()).sum(-1)  # entr(p) = -p log p
+        parts.append((token, logprob, entropy))
+        del logprobs  # before the next chunk
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def empty_rollout(prompts: list[list[int]], group_size: int, max_new_tokens: int, device: torch.device) -> Rollout:
@@ -141,12 +141,24 @@ def empty_rollout(prompts: list[list[int]], group_size: int, max_new_tokens: int
     )
 
 
+@functools.cache
+def keys_like_values(cache_class):
+    """This class of cache, holding keys in the type of the values. Under autocast, rotary embeddings leave the keys in
+    float32 beside bf16 values: a StaticCache cannot hold both, and other caches would grow by half."""
+
+    class Cache(cache_class):  # type: ignore[misc, valid-type]
+        def update(self, keys, values, *args, **options):
+            return super().update(keys.to(values.dtype), values, *args, **options)
+
+    return Cache
+
+
 def prefill(model, prompts: list[list[int]], max_new_tokens: int):
     """Runs the decoder on the prompts, padded on the left, so that all end in the same column. Returns their key-value
     cache, the attention mask [Q, P + T] (0 on padding, 1 on all tokens to come), and the last hidden state [Q, D]."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    cache = keys_like_values(DynamicCache)(config=model.config)
     P = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (P - len(prompt)) + prompt for prompt in prompts], device=model.device)
     is_token = [[0] * (P - len(prompt)) + [1] * (len(prompt) + max_new_tokens) for prompt in prompts]
@@ -170,14 +182,9 @@ def cache_argument(decoder_class) -> str:
 
 @torch.no_grad()
 def sample(
-    model,
-    prompts: list[list[int]],
-    group_size: int,
-    max_new_tokens: int,
-    eos_ids: list[int],
-    uniforms: Tensor | None,
-    temperature: float = 1.0,
-) -> Rollout:
+    model, prompts: list[list[int]], group_size: int, max_new_tokens: int, eos_ids: list[int],
+    uniforms: Tensor | None, temperature: float = 1.0,
+) -> Rollout:  # fmt: skip
     """Samples `group_size` completions of every prompt from the model's distribution at `temperature`. It ignores the
     model's generation_config (top-k, top-p, penalties), because the loss must use the distribution that was sampled.
 
@@ -191,7 +198,8 @@ def sample(
     model.eval()  # in training mode, gradient checkpointing would silently turn the cache off
     T = max_new_tokens
     rollout = empty_rollout(prompts, group_size, T, model.device)  # outside inference_mode: autograd will need it
-    uniforms = None if uniforms is None else uniforms.to(model.device)
+    greedy = uniforms is None
+    uniforms = torch.zeros_like(rollout.mask) if uniforms is None else uniforms.to(model.device)  # [B, T]
     eos = torch.tensor(eos_ids, device=model.device)
     rows = torch.arange(len(rollout), device=model.device)  # [b] the unfinished rows
     node = rollout.group  # [b] the node of each unfinished row
@@ -202,28 +210,30 @@ def sample(
         P = attention.shape[1] - T
         for t in range(T):
             # 1) Draw the next token of every unfinished row from the distribution of its node.
-            uniform = None if uniforms is None else uniforms[rows, t]
-            token, logprob, entropy = next_token(model, hidden, node, uniform, temperature)
+            place = rows % group_size  # [b] of each row in its group; rows of one node have different places
+            draws = uniforms.new_zeros(len(hidden), group_size).index_put((node, place), uniforms[rows, t])  # [n, G]
+            tokens, logprobs, entropy = next_token(model, hidden, draws, temperature, greedy)
+            token = tokens[node, place]  # [b]
             rollout.completion_ids[rows, t] = token
-            rollout.logprobs[rows, t] = logprob
-            rollout.entropy[rows, t] = entropy
-            rollout.mask[rows, t] = 1.0  # the EOS is a real token too
+            rollout.logprobs[rows, t] = logprobs[node, place]
+            rollout.entropy[rows, t] = entropy[node]
+            rollout.mask[:, t].index_fill_(0, rows, 1.0)  # the EOS is a real token too
             # 2) Rows that drew an EOS have ended.
             ended = torch.isin(token, eos)
-            rollout.finished[rows[ended]] = True
-            rows = rows[~ended]
-            node = node[~ended]
-            token = token[~ended]
+            rollout.finished[rows] = ended
+            alive = (~ended).nonzero().squeeze(1)  # indices: each use of a boolean mask would wait for the GPU
+            rows = rows[alive]
+            node = node[alive]
+            token = token[alive]
             if len(rows) == 0 or t == T - 1:
                 break
             # 3) Group the rows by (node, token): each pair is one child node, a line of the next batch. If rows of node
             #    0 drew 5, 5 and 7, and the row of node 1 drew 5, the children are (0, 5), (0, 7) and (1, 5).
-            limit = int(token.max()) + 1  # so that node * limit + token is one number per pair
-            pair, child = (node * limit + token).unique(return_inverse=True)  # sorted: children of a node are adjacent
-            parent = pair // limit  # [children]
-            child_token = pair % limit  # [children]
-            node_was_split = (parent[1:] == parent[:-1]).any()
-            if node_was_split or len(pair) < COMPACT_BELOW * len(hidden):
+            pair, child = (node * 2**32 + token).unique(return_inverse=True)  # token ids are below 2**32
+            parent = pair // 2**32  # [children]
+            child_token = pair % 2**32  # [children]
+            node_was_split = (parent[1:] == parent[:-1]).any()  # pairs are sorted, so children of a node are adjacent
+            if len(pair) < COMPACT_BELOW * len(hidden) or node_was_split:
                 # Each child takes its parent's line of the cache. Nodes without unfinished rows fall out.
                 cache.batch_select_indices(parent)
                 attention = attention[parent]
@@ -260,7 +270,7 @@ class HeadLogprobs(torch.autograd.Function):
             z.mul_(scale)
         if cap:
             z.div_(cap).tanh_()
-            slope = 1 - z * z
+            slope = z.square().neg_().add_(1)
             z.mul_(cap)
         if temperature != 1.0:
             z.div_(temperature)
@@ -306,16 +316,13 @@ class HeadLogprobs(torch.autograd.Function):
             h = hidden[chunk].to(ctx.dtype)
             g = g_logprob[chunk, None]
             z, slope = HeadLogprobs.logits(h, weight_lowp, bias_lowp, *ctx.factors)
-            # z is now log p
-            z.sub_(logsumexp[chunk, None])
+            z.sub_(logsumexp[chunk, None])  # now log p
             if g_entropy is None:
-                # z is now -g p
-                z.exp_().mul_(-g)
+                z.exp_().mul_(-g)  # now -g p
             else:
-                # z is now -p (g + g_H (log p + H))
                 p = z.exp()
                 z.clamp_(min=-1e30).add_(entropy[chunk, None])
-                z.mul_(g_entropy[chunk, None]).add_(g).mul_(p).neg_()
+                z.mul_(g_entropy[chunk, None]).add_(g).mul_(p).neg_()  # now -p (g + g_H (log p + H))
             # z is now dL/dz: at the target, g is added
             z.scatter_add_(1, targets[chunk, None], g)
             # z is now dL/d(hidden W^T + b): back through temperature, soft cap and scale
@@ -324,28 +331,21 @@ class HeadLogprobs(torch.autograd.Function):
             if slope is not None:
                 z.mul_(slope)
             z = z.to(ctx.dtype)
-            # d_hidden = dz W
-            d_hidden[chunk] = (z @ weight_lowp).to(d_hidden.dtype)
+            d_hidden[chunk] = (z @ weight_lowp).to(d_hidden.dtype)  # dz W
             # d_weight += dz^T hidden; addmm_ adds in place, but needs equal types
             if d_weight is not None and ctx.dtype == d_weight.dtype:
                 d_weight.addmm_(z.T, h)
             elif d_weight is not None:
                 d_weight += z.T @ h
-            # d_bias += dz, summed over tokens
             if d_bias is not None:
                 d_bias += z.sum(0)
         return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 def token_logprobs(
-    model,
-    prompt_ids: Tensor,
-    prompt_lengths: Tensor,
-    completion_ids: Tensor,
-    mask: Tensor,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    model, prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, mask: Tensor,
+    temperature: float = 1.0, with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Log-prob of every completion token and, if wanted, the entropy of its distribution (else None): two [B, T] with
     gradients, 0 where mask is 0. Training needs no entropy here, because the sampler has given it: rollout.entropy.
 

@@ -6,7 +6,7 @@
 
 The contenders take turns in one process; for memory, each measurement is a process. First they show that they do the
 same work. Each row has medians, and the ratio to the other contender, run by run, with its minimum and maximum.
-Absolute times depend on the machine and the hour. Liger's kernels and the rows named gpu need a GPU.
+Absolute times depend on the machine and the hour. What needs a GPU is in benchmarks/gpu.py.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import common
 import grpo
 import verifier
-from harness import cuda_graphs, tiny
+from harness import tiny
 from harness.options import RunConfig
 from harness.trainer import Trainer, microbatches
 
@@ -299,8 +299,6 @@ def bench_logprobs(base: str, runs: int) -> list[dict]:
             pair = ([m[key] for m in found[name]] for name in ("ours", other))
             ours, theirs = pair
             rows.append(row(f"log-probs and entropy, {N} x {V}", unit, ours, other, theirs, False))
-    if installed("liger_kernel"):
-        print("  Liger: its kernels are Triton's and need a GPU; not measured")
     return rows
 
 
@@ -312,96 +310,6 @@ def bench_growth(base: str, runs: int) -> list[dict]:
     return [row("log-probs of 8 x 1,024 tokens", "MiB", long, "8 x 256", short, False)]
 
 
-# --- rows that need a GPU ---------------------------------------------------------------------------------------------
-
-
-def gpu_model():
-    """Qwen2.5-0.5B's shape with random weights, float32."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    shape = dict(num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864)
-    config = Qwen2Config(vocab_size=V, hidden_size=D, tie_word_embeddings=True, eos_token_id=None, **shape)
-    return Qwen2ForCausalLM(config).cuda()
-
-
-def bench_gpu_rollout(base: str, runs: int) -> list[dict]:
-    """New tokens a second in bf16: 128 rows, 512 new tokens, with and without CUDA graphs, against model.generate."""
-    model, rows, new = gpu_model(), 128, 512
-    low = gpu_model().to(torch.bfloat16).eval()  # what people give to model.generate
-    prompt = torch.randint(0, V, (16, 64), device="cuda")
-    uniforms = torch.rand(rows, new)
-
-    def timed(work) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return rows * new / (time.perf_counter() - start)
-
-    def ours(sample) -> float:
-        return timed(lambda: sample(model, prompt.tolist(), rows // 16, new, [-1], uniforms))
-
-    def generate() -> float:
-        options = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=new, num_return_sequences=rows // 16)
-        return timed(lambda: low.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options))
-
-    found = alternate(
-        {"graphs": lambda: ours(cuda_graphs.sample), "plain": lambda: ours(common.sample), "generate": generate}, runs
-    )
-    copy = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(20):
-        copy.clone()
-    torch.cuda.synchronize()
-    bandwidth = 20 * 2 * copy.numel() / (time.perf_counter() - start)
-    cache = (
-        rows * (64 + new / 2) * 24 * 2 * 2 * 64 * 2
-    )  # bytes at half length: layers, keys and values, heads, size, bf16
-    floor = bandwidth / (2 * sum(p.numel() for p in model.parameters()) + cache) * rows
-    print(
-        f"  {bandwidth / 1e9:.0f} GB/s copied: at most {floor:.0f} tokens/s; reached {max(found['graphs']) / floor:.2f}"
-    )
-    what = "rollout, 0.5B, 128 rows, 512 tokens"
-    return [row(f"{what}, {n}", "tokens/s", found[n], "generate", found["generate"], True) for n in ("graphs", "plain")]
-
-
-def head_liger(hidden, weight, targets):
-    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as liger
-
-    nll, entropy = liger.apply(hidden, weight, targets, return_entropy=True)
-    return -nll, entropy
-
-
-def bench_gpu_logprobs(base: str, runs: int) -> list[dict]:
-    """Time and peak memory of log-probs and entropy, forward and backward, from 16 x 1,024 hidden states in bf16."""
-    names = ["ours", "naive", *(n for n, p in (("trl", "trl"), ("liger", "liger_kernel")) if installed(p))]
-    hidden, weight, targets, g = (x.detach().cuda() for x in head_inputs(16 * 1024))
-    sums: dict[str, list] = {}
-    found = {name: {"seconds": [], "mib": []} for name in names}
-    for i in range(runs + 1):
-        for name in names:
-            inputs = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before, start = torch.cuda.memory_allocated(), time.perf_counter()
-            logp, entropy = globals()[f"head_{name}"](*inputs, targets)
-            ((g * logp.float()).sum() + 0.1 * entropy.float().sum()).backward()
-            torch.cuda.synchronize()
-            if i:  # the first round compiles kernels
-                found[name]["seconds"].append(time.perf_counter() - start)
-                found[name]["mib"].append((torch.cuda.max_memory_allocated() - before) / 2**20)
-            sums[name] = [float(x.detach().float().sum()) for x in (logp, entropy)]
-    print(f"  same work: sums of log-probs and entropies {sums}")
-    rows = []
-    for other in names[1:]:
-        for key, unit in (("seconds", "s"), ("mib", "MiB")):
-            rows.append(
-                row(f"GPU log-probs, 16 x 1,024 x {V}", unit, found["ours"][key], other, found[other][key], False)
-            )
-    return rows
-
-
 def installed(package: str) -> str | None:
     try:
         return version(package)
@@ -411,7 +319,6 @@ def installed(package: str) -> str | None:
 
 def main() -> None:
     benches = {"rollout": bench_rollout, "step": bench_step, "logprobs": bench_logprobs, "growth": bench_growth}
-    benches |= {"gpu_rollout": bench_gpu_rollout, "gpu_logprobs": bench_gpu_logprobs}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=benches, default=list(benches))
     parser.add_argument("--runs", type=int, default=5)
@@ -427,14 +334,11 @@ def main() -> None:
 
     logging.disable_progress_bar()
     base = args.base or str(tiny.base(ROOT / "runs" / "tiny-base"))
-    packages = {p: installed(p) for p in ("torch", "transformers", "trl", "liger_kernel")}
+    packages = {p: installed(p) for p in ("torch", "transformers", "trl")}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **packages}
     print(machine)
     rows = []
     for name in args.rows:
-        if name.startswith("gpu") and not torch.cuda.is_available():
-            print(f"{name}: needs a GPU; not measured")
-            continue
         if name == "step" and not packages["trl"]:
             print("step: TRL is not installed (pip install -r requirements-dev.txt); not measured")
             continue

@@ -37,16 +37,16 @@ def sample(
     model.eval()
     T = max_new_tokens
     rollout = common.empty_rollout(prompts, group_size, T, model.device)
-    uniforms = None if uniforms is None else uniforms.to(model.device)
+    greedy = uniforms is None
+    uniforms = torch.zeros_like(rollout.mask) if uniforms is None else uniforms.to(model.device)  # [B, T]
     eos = torch.tensor(eos_ids, device=model.device)
 
     with common.autocast(model.device), torch.inference_mode():
         prefilled, attention, hidden = common.prefill(model, prompts, T)
         B = len(rollout)
         P = attention.shape[1] - T
-        row_index = torch.arange(B, device=model.device)
         hidden = hidden[rollout.group]  # [B, D]
-        cache = StaticCache(config=model.config, max_cache_len=P + T)
+        cache = common.keys_like_values(StaticCache)(config=model.config, max_cache_len=P + T)
         for i, layer in enumerate(prefilled.layers):
             cache.update(layer.keys[rollout.group], layer.values[rollout.group], i)
         visible = torch.zeros(B, 1, 1, P + T, dtype=torch.bool, device=model.device)
@@ -55,17 +55,18 @@ def sample(
 
         def step() -> None:
             """Draws token t of every row, writes it down, and runs the decoder on it. All of it in place."""
-            uniform = None if uniforms is None else uniforms.index_select(1, t).squeeze(1)
-            token, logprob, entropy = common.next_token(model, hidden, row_index, uniform, temperature)
-            alive = (~rollout.finished).float()
-            rollout.completion_ids.index_copy_(1, t, token[:, None])
-            rollout.mask.index_copy_(1, t, alive[:, None])
-            rollout.logprobs.index_copy_(1, t, (logprob * alive)[:, None])
-            rollout.entropy.index_copy_(1, t, (entropy * alive)[:, None])
-            rollout.finished.logical_or_(torch.isin(token, eos))
+            uniform = uniforms.index_select(1, t)
+            # token, logprob [B, 1]; entropy [B]
+            token, logprob, entropy = common.next_token(model, hidden, uniform, temperature, greedy)
+            alive = (~rollout.finished).float()[:, None]
+            rollout.completion_ids.index_copy_(1, t, token)
+            rollout.mask.index_copy_(1, t, alive)
+            rollout.logprobs.index_copy_(1, t, logprob * alive)
+            rollout.entropy.index_copy_(1, t, entropy[:, None] * alive)
+            rollout.finished.logical_or_(torch.isin(token[:, 0], eos))
             visible.index_fill_(3, P + t, True)
             positions = (rollout.prompt_lengths + t)[:, None]
-            hidden.copy_(common.last_hidden(model, cache, token[:, None], visible, positions))
+            hidden.copy_(common.last_hidden(model, cache, token, visible, positions))
             t.add_(1)
 
         step()  # not captured: it also fills autocast's cache of bf16 weights, which the graph then reads

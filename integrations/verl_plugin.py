@@ -1,4 +1,4 @@
-"""EGSW, GTPO and GRPO-S in verl (written for 0.9.1): advantage estimators, policy losses, trainers.
+"""EGSW, GTPO and GRPO-S in verl: advantage estimators, policy losses, trainers.
 
     PYTHONPATH=<this repository> VERL_USE_EXTERNAL_MODULES=integrations.verl_plugin python -m verl.trainer.main_ppo ...
 
@@ -9,9 +9,11 @@ verl scores each rollout at the sampling temperature and stores the entropies (n
 The trainers entropy_sync, entropy_colocate_async and entropy_separate_async are verl's own, and also do that.
 """
 
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -25,7 +27,9 @@ import grpo_s
 import gtpo
 from integrations.methods import SCRIPTS, token_advantages
 
+TESTED = "0.9.1"  # version of verl
 ENTROPY: ContextVar[Tensor | None] = ContextVar("entropy", default=None)  # [B, T] of the batch that is being computed
+STD: ContextVar[float | None] = ContextVar("std", default=None)  # of the advantages that an estimator has computed
 NO_ENTROPY = """{}: no entropies. Set trainer.v1.trainer_mode=entropy_sync (or entropy_colocate_async, or
 entropy_separate_async), and not algorithm.rollout_correction.bypass_mode, which skips the pass that computes them."""
 
@@ -48,6 +52,7 @@ def estimator(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
         rows = response_mask.any(1)  # verl fills batches up with rows that have no token
         result = torch.zeros_like(entropy)
         result[rows] = compute(rewards[rows], entropy[rows], mask[rows], group[rows])
+        STD.set(float(result[mask > 0].std(correction=0)))
         return result, result
 
     return estimate
@@ -84,24 +89,34 @@ def policy_loss(
 
 
 def entropy_trainer(mode: str) -> type:
-    """verl's trainer of this mode. While it computes advantages, ENTROPY holds the entropies that verl has stored."""
+    """verl's trainer of this mode. While it computes advantages, ENTROPY holds the entropies that verl has stored. It
+    checks that verl has called the estimator, and logs the standard deviation of the advantages."""
 
     class EntropyTrainer(get_trainer_cls(mode)):
         def __init__(self, config):
             config.trainer.v1.trainer_mode = mode  # by this name verl chooses its replay buffer
+            self.estimator_name = config.algorithm.adv_estimator
             super().__init__(config)
 
         def _compute_advantage(self, batch, metrics):
             data = transfer_queue.kv_batch_get(batch.keys, batch.partition_id, select_fields=["entropy"])
             token = ENTROPY.set(data["entropy"].to_padded_tensor(0.0).float() if len(data.keys()) else None)
+            STD.set(None)
             try:
-                return super()._compute_advantage(batch, metrics)
+                result = super()._compute_advantage(batch, metrics)
             finally:
                 ENTROPY.reset(token)
+            if self.estimator_name in SCRIPTS:
+                if STD.get() is None:
+                    raise RuntimeError(f"verl has computed advantages without the estimator {self.estimator_name}")
+                metrics["advantages/std"] = STD.get()
+            return result
 
     return EntropyTrainer
 
 
+if version("verl") != TESTED:
+    warnings.warn(f"tested with verl {TESTED}, and this is {version('verl')}: compare its losses", stacklevel=1)
 for name in SCRIPTS:
     register_adv_est(name)(estimator(name))
 register_policy_loss("egsw")(policy_loss(token_ratio, egsw.loss))

@@ -21,8 +21,8 @@ TESTS_FOLDER = Path(__file__).resolve().parent
 ROOT = TESTS_FOLDER.parent
 JOBS = 2
 TESTS = {  # what is run after a change in this file
-    "common.py": ["test_common.py", "test_trainer.py", "test_families.py", "-k", "not samples_scores"],
-    "harness/cuda_graphs.py": ["test_common.py"],
+    "common.py": ["test_common.py", "test_gpu.py", "test_trainer.py", "test_families.py", "-k", "not samples_scores"],
+    "harness/cuda_graphs.py": ["test_common.py", "test_gpu.py"],
     "harness/trainer.py": ["test_trainer.py", "test_main.py", "-k", "not gtpo and not grpo_s"],
     "harness/evaluation.py": ["test_evaluation.py"],
 }

@@ -132,23 +132,21 @@ def test_samples_follow_the_models_distribution_at_the_temperature(loaded, tempe
 
 def test_a_token_of_probability_zero_is_never_drawn():
     probs = torch.tensor([[1.0, 0, 0, 0, 0], [0.0, 0.5, 0.0, 0.5, 0.0]])
-    uniforms = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24])
-    node = torch.ones(5, dtype=torch.long)
-    assert common.inverse_cdf(probs, node, uniforms).tolist() == [1, 1, 3, 3, 3]
+    uniforms = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24]).expand(2, 5)
+    assert common.inverse_cdf(probs, uniforms).tolist() == [[0, 0, 0, 0, 0], [1, 1, 3, 3, 3]]
 
 
 def test_a_number_that_was_rounded_up_to_one_stays_inside_the_vocabulary():
     probs = torch.tensor([[0.25, 0.75]])
-    assert common.inverse_cdf(probs, torch.zeros(1, dtype=torch.long), torch.ones(1)).tolist() == [1]
+    assert common.inverse_cdf(probs, torch.ones(1, 1)).tolist() == [[1]]
 
 
 @pytest.mark.parametrize("total", [0.9, 1.1])
 def test_a_sum_of_probabilities_that_is_not_one_does_not_shift_the_draws(total):
     """Rounding can leave the sum a little beside 1; a large difference shows what is done about it."""
     probs = total * torch.tensor([[0.25, 0.25, 0.5, 0.0]])
-    uniforms = torch.tensor([0.24, 0.26, 0.49, 0.51, 1 - 2**-24])
-    node = torch.zeros(5, dtype=torch.long)
-    assert common.inverse_cdf(probs, node, uniforms).tolist() == [0, 1, 1, 2, 2]
+    uniforms = torch.tensor([[0.24, 0.26, 0.49, 0.51, 1 - 2**-24]])
+    assert common.inverse_cdf(probs, uniforms).tolist() == [[0, 1, 1, 2, 2]]
 
 
 def test_concatenate_keeps_rows_and_keeps_groups_apart(loaded):

@@ -271,6 +271,49 @@ def test_settings_are_the_scripts_defaults():
         assert (given["epsilon"], given["epsilon_high"]) == (default.clip_low, default.clip_high)
 
 
+class OwnAdvantages(EntropyGRPOTrainer):
+    """A subclass or a patch that computes TRL's advantages after all."""
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        return out | {"advantages": self.theirs(out["advantages"])}
+
+
+class OneForEachRow(OwnAdvantages):
+    def theirs(self, advantages):
+        return advantages[:, 0]
+
+
+class OthersOfTheSameShape(OwnAdvantages):
+    def theirs(self, advantages):
+        return advantages + 1
+
+
+class LossWithout(EntropyGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs | {"advantages": self._rewards[: len(inputs["advantages"])]})
+
+
+@pytest.mark.parametrize("bypass", [OneForEachRow, OthersOfTheSameShape, LossWithout])
+def test_a_loss_that_goes_around_the_advantages_is_refused(bypass, toy, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss does not use the advantages"):
+        trained(bypass, toy, tmp_path, method="gtpo", **SETTINGS["gtpo"])
+
+
+def test_the_standard_deviation_of_the_advantages_is_logged(toy, tmp_path):
+    trainer = trained(recorder(EntropyGRPOTrainer, partial(token_loss, "gtpo", {})), toy, tmp_path, method="gtpo",
+                      steps_per_rollout=2, **SETTINGS["gtpo"])  # fmt: skip
+    batch = trainer.batch
+    expected = batch.local[0][batch.mask[:, : batch.local[0].shape[1]] > 0].std(correction=0)
+    assert trainer.state.log_history[0]["advantages/std"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_version_of_trl_that_was_not_tested_is_named(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.__version__", "9.0.0")
+    with pytest.warns(UserWarning, match=r"tested with TRL 1\.16, and this is 9\.0\.0"):
+        trained(EntropyGRPOTrainer, toy, tmp_path, method="gtpo", **SETTINGS["gtpo"])
+
+
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_masked_and_unscored_rows_leave_no_trace(method, toy, tmp_path):
     """Truncated rows that TRL masks out, and rows for which the reward is None, belong to no group and get 0."""

@@ -350,6 +350,17 @@ def test_the_trainer_hands_entropies_over(queue, method):
     assert trainer.actor_rollout_wg.asked["calculate_entropy"] is True
     assert trainer.actor_rollout_wg.asked["temperature"] == 0.8
     assert verl_plugin.ENTROPY.get() is None  # nothing is left over for the next batch
+    assert metrics["advantages/std"] == pytest.approx(float(expected[m > 0].std(correction=0)), abs=1e-6)
+
+
+def test_advantages_of_another_estimator_are_refused(queue, monkeypatch):
+    """As if a patch of verl computed them without asking its registry."""
+    mode = "algorithm.adv_estimator=gtpo", "trainer.v1.trainer_mode=entropy_sync"
+    trainer, meta, _ = in_the_queue(queue, 10, *mode)
+    meta = trainer._compute_old_log_prob(meta, {})
+    monkeypatch.setattr(get_trainer_cls("sync"), "_compute_advantage", lambda self, batch, metrics: batch)
+    with pytest.raises(RuntimeError, match="without the estimator gtpo"):
+        trainer._compute_advantage(meta, {})
 
 
 def test_verls_own_trainer_is_refused(queue):

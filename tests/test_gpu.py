@@ -1,0 +1,219 @@
+"""The GPU path on a pretended GPU: CUDA's rules, bf16 autocast, and captured graphs, with the toy base."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers import T, assert_same_samples, call, lines, rollout_of, trainer_of
+from pretend_gpu import pretended_gpu
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import common
+from harness import cuda_graphs
+
+SAMPLERS = [common.sample, cuda_graphs.sample]
+RUNS = [
+    ("grpo", "--kl-coef", "0.1", "--minibatches", "2", "--cuda-graphs"),
+    ("dapo",),
+    ("egsw", "--kl-coef", "0.1"),
+    ("gtpo", "--minibatches", "2"),
+    ("grpo_s", "--cuda-graphs", "--eval-every", "1"),
+    # ("grpo", "--lora-rank", "4"),
+]
+
+
+@pytest.fixture()
+def engine_folder(tmp_path_factory):
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture()
+def gpu(loaded, engine_folder):
+    """The pretended GPU, with the toy base on it as gpu.model."""
+    with pretended_gpu(engine_folder) as gpu:
+        gpu.model = loaded[0].to("cuda")
+        yield gpu
+
+
+def without_autocast(monkeypatch):
+    monkeypatch.setattr(common, "autocast", lambda device: nullcontext())
+
+
+def on_the_cpu(rollout):
+    for name in common.TENSOR_FIELDS:
+        setattr(rollout, name, getattr(rollout, name).cpu())
+    return rollout
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS, ids=" ".join)
+def test_in_float32_two_steps_give_the_bytes_of_the_cpu(run, small, tmp_path, engine_folder, monkeypatch):
+    name, *options = run
+    without_autocast(monkeypatch)
+    call(monkeypatch, name, *small("--name", "cpu", *options))
+    with pretended_gpu(engine_folder) as gpu:
+        call(monkeypatch, name, *small("--name", "gpu", *options))
+    assert gpu.syncs  # it was used
+    for file in ("metrics.jsonl", "completions.jsonl", "eval.json"):
+        assert (tmp_path / "gpu" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS, ids=" ".join)
+def test_in_bf16_what_is_scored_is_what_was_sampled(run, small, tmp_path, engine_folder, monkeypatch):
+    """Up to rounding: bf16 has 8 significant bits, so logits of size 8 are off by up to 1/64, in the mean by less."""
+    name, *options = run
+    with pretended_gpu(engine_folder):
+        call(monkeypatch, name, *small("--name", "gpu", *options))
+    metrics = lines(tmp_path / "gpu" / "metrics.jsonl")
+    assert len(metrics) == 2
+    for step in metrics:
+        assert 1e-5 < step["sampling_logp_difference"] < 0.005  # above 1e-5: it was not float32
+        assert step["skipped_updates"] == 0 and step["grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_ended(small, tmp_path, engine_folder, monkeypatch):
+    with pretended_gpu(engine_folder):
+        call(monkeypatch, "gtpo", *small("--name", "whole"))
+        call(monkeypatch, "gtpo", *small("--name", "halves", "--steps", "1"))
+        call(monkeypatch, "gtpo", "--resume", str(tmp_path / "halves"), "--steps", "2")
+    for file in ("metrics.jsonl", "completions.jsonl"):
+        assert (tmp_path / "halves" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_in_float32_samples_are_those_of_the_cpu(sample, gpu, loaded, toy, monkeypatch):
+    without_autocast(monkeypatch)
+    on_gpu = on_the_cpu(rollout_of(gpu.model, loaded[1], sample=sample))
+    gpu.model.to("cpu")
+    assert_same_samples(on_gpu, rollout_of(gpu.model, loaded[1], sample=sample))
+
+
+def cache_types(sample, gpu, tokenizer, monkeypatch):
+    """The types of all keys and values in the cache at the end of a rollout."""
+    caches = []
+    last_hidden = common.last_hidden
+
+    def spy(model, cache, *inputs):
+        caches.append(cache)
+        return last_hidden(model, cache, *inputs)
+
+    monkeypatch.setattr(common, "last_hidden", spy)
+    rollout_of(gpu.model, tokenizer, sample=sample)
+    return {x.dtype for layer in caches[-1].layers for x in (layer.keys, layer.values)}
+
+
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_the_cache_is_in_bf16(sample, gpu, loaded, monkeypatch):
+    assert cache_types(sample, gpu, loaded[1], monkeypatch) == {torch.bfloat16}
+    monkeypatch.setattr(common, "keys_like_values", lambda cache_class: cache_class)
+    assert cache_types(sample, gpu, loaded[1], monkeypatch) == {torch.bfloat16, torch.float32}
+
+
+def syncs_of(sample, gpu, tokenizer, tokens):
+    """How often the host waits for the GPU in a rollout of this many tokens."""
+    gpu.syncs.clear()
+    prompts = tokenizer(["1+2?", "12+3-4?"])["input_ids"]
+    sample(gpu.model, prompts, 4, tokens, [-1], torch.rand(8, tokens))
+    return gpu.syncs.total()
+
+
+def test_the_decoding_loop_waits_for_the_gpu_at_most_four_times_a_token(gpu, loaded):
+    more = syncs_of(common.sample, gpu, loaded[1], 12) - syncs_of(common.sample, gpu, loaded[1], 4)
+    assert 0 < more <= 8 * 4
+
+
+def test_a_captured_step_never_waits_for_the_gpu(gpu, loaded):
+    more = syncs_of(cuda_graphs.sample, gpu, loaded[1], 36) - syncs_of(cuda_graphs.sample, gpu, loaded[1], 4)
+    assert more == 2  # before tokens 16 and 32 it asks whether all rows have ended
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_next_token_takes_two_chunks_of_memory(greedy, autocast, gpu, monkeypatch):
+    V, n, chunk = 5000, 64, 16
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=V, head_dim=8, **sizes)).to("cuda")
+    monkeypatch.setitem(common.CHUNK_ELEMENTS, "cuda", chunk * V)
+    hidden = torch.randn(n, 8).to("cuda")
+    uniforms = torch.rand(n, 4).to("cuda")
+    with torch.inference_mode(), common.autocast(hidden.device) if autocast else nullcontext():
+        common.next_token(model, hidden[:1], uniforms[:1], 0.7, greedy)  # autocast keeps a copy of the head
+        before = gpu.bytes
+        gpu.peak = before
+        common.next_token(model, hidden, uniforms, 0.7, greedy)
+    assert gpu.peak - before < 2.1 * 4 * chunk * V
+
+
+# --- the ratio --------------------------------------------------------------------------------------------------------
+
+
+def test_in_bf16_the_ratio_is_one_until_the_policy_moves(loaded, monkeypatch):
+    """Because old and new log-probs are scored in the same micro-batches; those of the sampler differ."""
+    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    rollout = rollout_of(*loaded)
+    for minibatches in (1, 3):
+        trainer = trainer_of(*loaded, minibatches=minibatches, token_budget=60)
+        first = next(trainer.minibatches(rollout, "token"))
+        for batch in first:
+            ratio = (batch.logprobs - batch.old_logprobs).exp()
+            assert (ratio == 1).all() and batch.logprobs.requires_grad
+            assert not torch.equal(batch.old_logprobs, batch.sampled_logprobs)
+
+
+# --- faults that must be noticed --------------------------------------------------------------------------------------
+
+
+def test_a_tensor_of_the_cpu_in_the_loss_is_noticed(gpu, loaded):
+    rollout = rollout_of(gpu.model, loaded[1])
+    trainer = trainer_of(gpu.model, loaded[1])
+    for batch in next(trainer.minibatches(rollout, "token")):
+        (batch.logprobs * batch.loss_weights).sum().backward()
+        with pytest.raises(RuntimeError, match="on the CPU"):
+            batch.logprobs * batch.loss_weights.cpu()
+        assert all(p.grad.device.type == "cuda" for p in gpu.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [lambda x: int(x[0]), lambda x: torch.zeros(1), lambda x: x.cpu(), lambda x: x[x > 0], lambda x: x.unique()],
+)
+def test_what_a_graph_cannot_hold_is_noticed(fault, gpu, loaded, monkeypatch):
+    next_token = common.next_token
+
+    def faulty(*inputs):
+        token, logprob, entropy = next_token(*inputs)
+        fault(entropy)
+        return token, logprob, entropy
+
+    monkeypatch.setattr(common, "next_token", faulty)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        rollout_of(gpu.model, loaded[1], sample=cuda_graphs.sample)
+
+
+def test_a_number_that_python_decides_in_a_graph_is_noticed(gpu, loaded, monkeypatch):
+    """Replaying repeats the number of the captured step, so the result is not that of the CPU."""
+    without_autocast(monkeypatch)
+    next_token = common.next_token
+    calls = []
+
+    def faulty(*inputs):
+        token, logprob, entropy = next_token(*inputs)
+        calls.append(1)
+        return token, logprob, entropy + len(calls)
+
+    monkeypatch.setattr(common, "next_token", faulty)
+    on_gpu = on_the_cpu(rollout_of(gpu.model, loaded[1], sample=cuda_graphs.sample))
+    assert len(calls) == 2 < T  # one step by itself, one that is captured
+    calls.clear()
+    gpu.model.to("cpu")
+    on_cpu = rollout_of(gpu.model, loaded[1], sample=cuda_graphs.sample)
+    with pytest.raises(AssertionError):
+        assert_same_samples(on_gpu, on_cpu)

@@ -1,0 +1,60 @@
+"""benchmarks/gpu.py at tiny size: every row is measured or says why not, on a CPU and on the pretended GPU."""
+
+import json
+import sys
+
+import pytest
+from pretend_gpu import pretended_gpu
+
+from benchmarks import gpu
+
+SCRIPTS = ["grpo.py", "dapo.py", "egsw.py", "gtpo.py", "grpo_s.py", "egsw.py --cuda-graphs"]
+pytestmark = pytest.mark.slow
+
+
+def measured(monkeypatch, out):
+    """What the program writes: the rows by name, and the Markdown table."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", str(out)])
+    gpu.main()
+    rows = json.loads((out / "results_gpu.json").read_text())["rows"]
+    return {row["row"]: row for row in rows}, (out / "results_gpu.md").read_text()
+
+
+def check(rows, table):
+    for row in rows.values():
+        assert row["row"] in table
+        assert not row["note"].startswith("failed"), row["note"]
+        assert row["value"] is None or row["value"] >= 0
+    for script in SCRIPTS:
+        assert rows[f"{script}: sampling"]["value"] > 0 and rows[f"{script}: update"]["value"] > 0
+    for sampler in ("eager", "CUDA graphs", "generate, bf16 weights"):
+        assert rows[f"decoding, 8 rows, 6 tokens: {sampler}"]["value"] > 0
+    assert rows["profile of a token, eager: operations"]["value"] > 10
+    assert rows["log-probs and entropy, 64 x 64: ours"]["value"] > 0
+
+
+def test_every_row_is_measured_on_a_cpu(monkeypatch, tmp_path):
+    rows, table = measured(monkeypatch, tmp_path)
+    check(rows, table)
+    assert rows["log-probs: Liger"]["value"] is None
+
+
+def test_every_row_but_triton_is_measured_on_the_pretended_gpu(monkeypatch, tmp_path, tmp_path_factory):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "pretended")
+    monkeypatch.setattr(gpu, "head_liger", gpu.head_naive)
+    with pretended_gpu(tmp_path_factory.getbasetemp()):
+        rows, table = measured(monkeypatch, tmp_path)
+    check(rows, table)
+    assert "estimated" in rows["egsw.py: peak memory"]["note"]
+
+
+def test_a_row_that_fails_says_why_and_the_next_ones_go_on(monkeypatch, tmp_path):
+    def fails(*_):
+        raise ValueError("broken\non purpose")
+
+    monkeypatch.setattr(gpu, "measure_script", fails)
+    monkeypatch.setattr(gpu, "measure_decoding", fails)
+    rows, table = measured(monkeypatch, tmp_path)
+    assert rows["decoding"]["note"] == "failed: ValueError: broken\non purpose"
+    assert "| decoding |  | failed: ValueError: broken on purpose |" in table
+    assert rows["egsw"]["value"] is None and rows["log-probs and entropy, 64 x 64: naive"]["value"] > 0
