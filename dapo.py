@@ -93,7 +93,7 @@ def advantages(rewards: Tensor, group: Tensor, punishment: Tensor, eps: float = 
         r = rewards[rows]
         if r.max() > r.min():
             r = r + punishment[rows]
-            result[rows] = (r - r.mean()) / (r.std(correction=0) + eps)
+            result[rows] = (r - r.mean()) / (r.std(correction=0) + eps)  # Eq. 9
     return result
 
 
@@ -116,7 +116,7 @@ def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
     ratio: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # Eq. 8
     return -objective * mask
 
 

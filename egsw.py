@@ -104,7 +104,8 @@ def weights(
     for g in group.unique():
         rows = group == g
         x = torch.where(competing[rows], score[rows], -torch.inf)  # [G, T]
-        w = ((x - x.amax(0)) / temperature).softmax(0)  # without the maximum, the division cannot overflow
+        x = x - x.amax(0)  # does not change the softmax, and the division cannot overflow
+        w = (x / temperature).softmax(0)  # raw_it / sum_j raw_jt
         if mean_one:
             w = w * competing[rows].sum(0)
         result[rows] = w
@@ -128,7 +129,7 @@ def token_advantages(
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
     log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.exp() - log_ratio - 1  # GRPO's Eq. 4
 
 
 def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
@@ -137,7 +138,7 @@ def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
     ratio: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # GRPO's Eq. 3
     return -objective * mask
 
 
@@ -147,7 +148,7 @@ def main() -> None:
     with_kl = cfg.kl_coef > 0
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout = run.verify(run.sample())
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
             A = advantages(rollout.rewards, rollout.group, cfg.advantage)  # [B]
             W = weights(
                 A, rollout.entropy, rollout.mask, rollout.group,

@@ -77,7 +77,7 @@ def token_advantages(
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's estimate of KL(pi || pi_ref) at each token, in nats, never negative. Two [B, T] -> [B, T]."""
     log_ratio = ref_logprobs - logprobs
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.exp() - log_ratio - 1  # GRPO's Eq. 4
 
 
 def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
@@ -86,7 +86,7 @@ def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
     ratio: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # GRPO's Eq. 3
     return -objective * mask
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     with_kl = cfg.kl_coef > 0
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout = run.verify(run.sample())
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
             A = token_advantages(
                 rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
                 advantage=cfg.advantage,

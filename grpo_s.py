@@ -61,11 +61,11 @@ def shaped_rewards(
     result = torch.where(rewards > 0.5, beta1 * rewards, -beta1)
     for g in group.unique():
         rows = (group == g) & (n_tokens > 0)
-        # Without a right row, the mean of H[plus] is NaN. But then result[plus] is empty, and nothing becomes NaN.
-        plus = rows & (rewards > 0.5)
-        result[plus] += beta2 * H[plus] / H[plus].mean()  # (6)
-        minus = rows & (rewards <= 0.5)
-        result[minus] -= beta2 * (1 / H[minus]) / (1 / H[minus]).mean()  # (6)
+        # Without a right row, the mean of H[right] is NaN. But then result[right] is empty, and nothing becomes NaN.
+        right = rows & (rewards > 0.5)
+        result[right] += beta2 * H[right] / H[right].mean()  # (6)
+        wrong = rows & (rewards <= 0.5)
+        result[wrong] -= beta2 * (1 / H[wrong]) / (1 / H[wrong]).mean()  # (6)
     return result
 
 
@@ -115,7 +115,7 @@ def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
     ratio: [B, 1]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # (7)
     return -objective * mask
 
 
@@ -124,7 +124,7 @@ def main() -> None:
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout = run.verify(run.sample())
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
             shaped = shaped_rewards(
                 rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
                 beta1=cfg.beta1, beta2=cfg.beta2, mean=cfg.mean, entropy_min=cfg.entropy_min,

@@ -172,7 +172,7 @@ def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
     ratio: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # (5)
     return -objective * mask
 
 
@@ -181,7 +181,7 @@ def main() -> None:
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
         for _ in run.steps():
-            rollout = run.verify(run.sample())
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
             A = token_advantages(
                 rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
                 alpha1=cfg.alpha1, alpha2=cfg.alpha2, compare=cfg.compare, mean=cfg.mean, scope=cfg.scope,

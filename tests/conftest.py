@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,9 @@ from harness import tiny
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """Folder of the toy base."""
-    return tiny.base(tmp_path_factory.mktemp("toy") / "base", dict(steps=150, guess=0.5, min_terms=2, max_terms=2))
+    """Folder of the toy base. mutate.py names one, so that it is built once for all its sessions."""
+    folder = Path(os.environ.get("TOY_BASE") or tmp_path_factory.mktemp("toy") / "base")
+    return tiny.base(folder, dict(steps=150, guess=0.5, min_terms=2, max_terms=2))
 
 
 @pytest.fixture()
