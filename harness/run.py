@@ -33,7 +33,8 @@ import torch
 from common import Rollout
 from harness import data, distributed, evaluation, files, health, lora, memory, reporting, rewards, stop, tiny
 from harness.options import RunConfig, check_options, resolve_defaults
-from harness.trainer import Trainer, load_policy
+from harness.policy import load_policy
+from harness.trainer import Trainer
 
 MAX_BAD_STEPS = 3  # this many steps in a row with a skipped update end the run
 

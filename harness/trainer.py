@@ -24,18 +24,16 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import common
 from common import Rollout, concatenate
 from harness import cuda_graphs, data, distributed, lora, rewards
 from harness.options import RunConfig
+from harness.policy import load_policy, new_optimizer
 
 
 @dataclass
@@ -144,27 +142,6 @@ class Sums:
 
     def add(self, name: str, value: float) -> None:
         self.values[name] = self.values.get(name, 0.0) + value
-
-
-def load_policy(cfg: RunConfig, source: str, device: torch.device, checkpoint: Path | None = None) -> tuple[Any, Any]:
-    """The model of the run's checkpoint, or without one that of `source`, and its tokenizer. With --fsdp the model is
-    sharded over the processes."""
-    load_on = torch.device("cpu") if cfg.fsdp else device  # the whole model need not fit on one GPU
-    name = source if cfg.lora_rank or not checkpoint else str(checkpoint)  # LoRA's checkpoints hold the adapters alone
-    dtype = lora.base_dtype(device) if cfg.lora_rank else torch.float32
-    model, tokenizer = data.load_model(name, load_on, cfg.trust_remote_code, cfg.gradient_checkpointing, dtype)
-    if cfg.lora_rank:
-        lora.prepare(model, cfg, source, checkpoint)
-    if cfg.fsdp:
-        distributed.shard(model, device)
-    return model, tokenizer
-
-
-def new_optimizer(cfg: RunConfig, model) -> Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]  # with LoRA the adapters alone
-    if cfg.optimizer == "sgd":
-        return SGD(trained, lr=cfg.lr)
-    return AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
 
 
 @functools.lru_cache(maxsize=2)

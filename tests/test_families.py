@@ -10,7 +10,8 @@ import common
 import grpo
 from harness import cuda_graphs, data, distributed, lora, tiny
 from harness.options import RunConfig
-from harness.trainer import Trainer, load_policy
+from harness.policy import load_policy
+from harness.trainer import Trainer
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, max_position_embeddings=64)  # fmt: skip

@@ -10,7 +10,7 @@ ORDER = [
     "common", "verifier",
     "harness.options", "harness.rewards", "harness.files", "harness.tiny", "harness.evaluation", "harness.health",
     "harness.reporting", "harness.cuda_graphs", "harness.distributed", "harness.lora", "harness.memory",
-    "harness.stop", "harness.data", "harness.trainer", "harness.run",
+    "harness.stop", "harness.data", "harness.policy", "harness.trainer", "harness.run",
     "grpo", "dapo", "egsw", "gtpo", "grpo_s",
     "more.forking", "more.cov", "more.entropy_advantage", "more.quantile", "more.cispo",
     "integrations.methods", "integrations.trl_trainer", "integrations.verl_plugin",

@@ -13,7 +13,7 @@ import common
 import grpo
 from harness import data, distributed, lora, tiny
 from harness.options import RunConfig, resolve_defaults
-from harness.trainer import load_policy
+from harness.policy import load_policy
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
