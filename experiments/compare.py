@@ -40,7 +40,7 @@ ARITHMETIC = ("easy", "trap", "long")
 OFTEN = dict(eval_every=27)  # evaluates a Countdown run four times on its way
 # The weights that EGSW gives right and wrong completions of the Countdown base on average: scale.py measures them.
 MATCHED = dict(right_scale=1.8, wrong_scale=0.65)
-SEEDS = dict(methods=10, frontier=5, parts=5, entropy_terms=5, size=3, sgd=2, neighbours=5, neighbour_options=3,
+SEEDS = dict(methods=10, frontier=5, parts=5, gtpo_terms=5, grpo_s_terms=5, size=3, sgd=2, neighbours=5, neighbour_options=3,
              gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3)  # fmt: skip
 QUESTIONS = (*SEEDS, "cost")
 
@@ -99,13 +99,14 @@ def plan(question: str) -> Iterator[Line]:
         yield "countdown", "controls", dict(reduction="token", hard_power=0.5) | MATCHED
         for entropy_bonus in (0.01, 0.03, 0.1):
             yield "countdown", "controls", dict(reduction="token", entropy_bonus=entropy_bonus)
-    if question == "entropy_terms":
+    if question == "gtpo_terms":
         yield "countdown", "gtpo", OFTEN
         for alpha2 in (0.0, 0.5, 1.0):
             yield "countdown", "gtpo", dict(alpha2=alpha2)
         yield "countdown", "gtpo", dict(entropy_min=0.1)
         yield "countdown", "gtpo", dict(scope="batch")
         yield "countdown", "gtpo", dict(scope="batch", alpha2=0.0)
+    if question == "grpo_s_terms":
         yield "countdown", "grpo_s", OFTEN
         for beta2 in (0.0, 0.5, 1.0):
             yield "countdown", "grpo_s", dict(beta2=beta2)
