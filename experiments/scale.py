@@ -1,0 +1,46 @@
+"""The mean weight that EGSW gives the tokens of right and of wrong completions, for the base model of Countdown.
+
+    python experiments/scale.py [FOLDER]        FOLDER: of base and data, runs/countdown if not given
+
+compare.py's controls multiply GRPO's advantages by these two numbers. Groups that are all right or all wrong do not
+count, because they have no advantage.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import common
+import egsw
+from harness import data
+from tasks import countdown
+
+N_PROMPTS = 512
+GROUP_SIZE = 8
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/countdown")
+    model, tokenizer = data.load_model(str(countdown.base(folder / "base")), torch.device("cpu"))
+    rows = countdown.questions(N_PROMPTS, 1, held_out=False)
+    prompts = tokenizer([row["question"] for row in rows])["input_ids"]
+    T = countdown.MAX_NEW_TOKENS
+    uniforms = torch.rand(N_PROMPTS * GROUP_SIZE, T, generator=torch.Generator().manual_seed(0))
+    rollout = common.sample(model, prompts, GROUP_SIZE, T, data.stop_ids(model, tokenizer), uniforms)
+    for i, ids in enumerate(rollout.completion_ids):
+        text = tokenizer.decode(ids[: int(rollout.mask[i].sum())], skip_special_tokens=True)
+        rollout.rewards[i] = countdown.reward(text, rows[int(rollout.group[i])])
+    A = egsw.advantages(rollout.rewards, rollout.group)  # [B]
+    for alpha in (0.0, 0.5):
+        W = egsw.weights(A, rollout.entropy, rollout.mask, rollout.group, alpha=alpha)  # [B, T]
+        means = []
+        for outcome in (A > 0, A < 0):
+            means.append(float(W[outcome].sum() / rollout.mask[outcome].sum()))
+        print(f"alpha {alpha}: right {means[0]:.2f}, wrong {means[1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
