@@ -33,7 +33,7 @@ Deviations from the paper, and why:
         wrong, 10 tokens    -1   0.54    -0.54  = -1 +  0.46    0.046
 
     With the mean over tokens, the bonus is the same for all completions, and has no effect on average. On tasks where
-    the model can guess, --reduction sequence ended in short guesses (experiments/RESULTS.md, section 3).
+    the model can guess, --reduction sequence ended in short guesses (experiments/RESULTS.md).
  5. The weights work with any advantage: --advantage grpo, dr_grpo or rloo, as in grpo.py.
 """
 
