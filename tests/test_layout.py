@@ -50,7 +50,38 @@ def test_a_script_imports_no_other_script():
         assert not imports(name) & methods
 
 
-def test_every_relative_link_of_a_page_leads_somewhere():
+def prose(page):
+    """A page without its fenced blocks of code, in which nothing is a heading or a link."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """The names that GitHub gives the headings of a page."""
+    found = []
+    for heading in re.findall(r"^#+ +(.*?) *$", prose(page), re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)  # a link counts as its text
+        name = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        found.append(f"{name}-{n}" if (n := sum(other == name for other in found)) else name)
+    return found
+
+
+def test_anchors_are_named_as_github_names_them(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One, two: `three@4`\n## EGSW's *α* and [a link](x.md)\n```\n# code\n```\n## a_b -- c\n## Same\n## Same\n"
+    )
+    assert anchors(page) == ["one-two-three4", "egsws-α-and-a-link", "a_b----c", "same", "same-1"]
+
+
+def test_every_relative_link_and_anchor_of_a_page_leads_somewhere():
+    wrong = []
     for page in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose(page))
+        for target in ("".join(link) for link in links):
+            if ":" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path) if path else page
+            if not linked.exists() or (anchor and linked.suffix == ".md" and anchor not in anchors(linked)):
+                wrong.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not wrong
