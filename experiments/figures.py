@@ -107,7 +107,12 @@ def parts(pyplot, rows: list[dict]):
             axis.plot(statistics.fmean(values), place, "|", color=colour, markersize=16)
         before = statistics.fmean(row[f"before {metric}"] for row in rows)
         axis.axvline(before, linestyle="--", color="grey", linewidth=1)
-        axis.set(title=f"{metric} (dashed: before training)")
+        usual = [
+            row[f"after {metric}"] for row in rows if row[f"after {metric}"] > before / 3
+        ]  # without what collapsed
+        margin = 0.05 * (max(*usual, before) - min(*usual, before))
+        axis.set(title=metric, xlabel="dashed: before training")
+        axis.set_xlim(min(*usual, before) - margin, max(*usual, before) + margin)
     panels[0].set(yticks=range(len(lines)), yticklabels=list(lines))
     panels[0].invert_yaxis()
     return figure
@@ -130,7 +135,7 @@ def frontier(pyplot, evaluations: list[dict]):
     x = statistics.fmean(row["mean@64"] for row in before)
     y = statistics.fmean(row["pass@64"] for row in before)
     axis.plot(x, y, "x", color="black", markersize=9, label="before")
-    axis.set(xlabel="mean@64", ylabel="pass@64")
+    axis.set(xlabel="mean@64", ylabel="pass@64", title="countdown; a line joins the evaluations of one learning rate")
     axis.legend()
     return figure
 
