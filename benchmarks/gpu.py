@@ -52,7 +52,7 @@ class Size:
     copied: int = 2**30  # bytes
 
 
-TINY = Size(2, 32, 2, 1, 32, 64, n_prompts=4, group_size=4, tokens=6, rows=8, scored=64, steps=2, copied=2**20)
+TINY = Size(2, 32, 2, 1, 32, 64, n_prompts=4, group_size=4, tokens=6, rows=8, scored=64, steps=1, copied=2**20)
 
 
 class NotMeasured(Exception):

@@ -80,8 +80,8 @@ def test_in_bf16_what_is_scored_is_what_was_sampled(run, small, tmp_path, engine
 @pytest.mark.slow
 def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_ended(small, tmp_path, engine_folder, monkeypatch):
     with pretended_gpu(engine_folder):
-        call(monkeypatch, "gtpo", *small("--name", "whole"))
-        call(monkeypatch, "gtpo", *small("--name", "halves", "--steps", "1"))
+        call(monkeypatch, "gtpo", *small("--name", "whole", "--eval-rows", "0"))
+        call(monkeypatch, "gtpo", *small("--name", "halves", "--eval-rows", "0", "--steps", "1"))
         call(monkeypatch, "gtpo", "--resume", str(tmp_path / "halves"), "--steps", "2")
     for file in ("metrics.jsonl", "completions.jsonl"):
         assert (tmp_path / "halves" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

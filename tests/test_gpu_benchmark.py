@@ -39,9 +39,10 @@ def test_every_row_is_measured_on_a_cpu(monkeypatch, tmp_path):
     assert rows["log-probs: Liger"]["value"] is None
 
 
-def test_every_row_but_triton_is_measured_on_the_pretended_gpu(monkeypatch, tmp_path, tmp_path_factory):
+def test_every_row_but_those_of_triton_is_measured_on_the_pretended_gpu(monkeypatch, tmp_path, tmp_path_factory):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "pretended")
-    monkeypatch.setattr(gpu, "head_liger", gpu.head_naive)
+    for kernels_of_triton in ("head_liger", "head_trl"):
+        monkeypatch.setattr(gpu, kernels_of_triton, gpu.head_naive)
     with pretended_gpu(tmp_path_factory.getbasetemp()):
         rows, table = measured(monkeypatch, tmp_path)
     check(rows, table)
