@@ -576,12 +576,14 @@ TOO_LARGE = [
 ]  # fmt: skip
 OUT_OF_BOUNDS = TOO_LARGE + [(name, *item) for name, values in REFUSED.items() for item in values.items()]
 SHARED_DEFAULTS = dict(
-    model=None, trust_remote_code=False, gradient_checkpointing=False, fsdp=False, lora_rank=0, lora_alpha=32, dataset="arithmetic",
+    model=None, trust_remote_code=False, gradient_checkpointing=False, fsdp=False, dataset="arithmetic",
+    lora_rank=0, lora_alpha=32,
     dataset_config=None, train_split="train", eval_dataset=None, eval_split="test", question_column=None,
     answer_column=None, system="Reason step by step, and put your final answer within \\boxed{}.",
     prompt_template="Question: {question}\nAnswer:", reward=None, max_prompt_tokens=1024,
     n_prompts=32, group_size=8, max_new_tokens=None, temperature=1.0, cuda_graphs=False, rollout_rows=1024,
-    steps=60, stop_tokens=None, optimizer="adamw", lr=None, warmup_steps=5, max_grad_norm=1.0, minibatches=1, token_budget=None,
+    steps=60, stop_tokens=None, lr=None, warmup_steps=5, max_grad_norm=1.0, minibatches=1, token_budget=None,
+    optimizer="adamw",
     eval_rows=256, eval_k=8, eval_every=0, eval_only=False,
     seed=0, out="runs", name=None, save_every=0, resume=None, log_completions=4, track="none", save_plots=True,
 )  # fmt: skip
