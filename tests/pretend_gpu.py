@@ -225,8 +225,8 @@ def pretended_gpu(folder: Path) -> Iterator[PretendedGpu]:
         return ByTheCpu.apply(gpu, silu, {}, x) if isinstance(x, GpuTensor) else silu(x)
 
     def save_from_gpu(model, path, state_dict=None, **options):
-        weights = {name: p.cpu() for name, p in model.named_parameters()}
-        return save(model, path, state_dict=state_dict or weights, **options)
+        weights = state_dict or dict(model.named_parameters())
+        return save(model, path, state_dict={name: p.detach().cpu() for name, p in weights.items()}, **options)
 
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "_lazy_init": None,
                "is_bf16_supported": True, "mem_get_info": (2**36, 2**36), "reset_peak_memory_stats": None}  # fmt: skip

@@ -36,7 +36,7 @@ OWN = {
     "gtpo": ("--minibatches", 2),
     "dapo": ("--eval-rows", 1),
     "egsw": ("--rollout-rows", 8),
-    "cov": ("--minibatches", 2, "--share", 0.2, "--lower", 0),
+    "cov": ("--minibatches", 2, "--share", 0.2, "--lower", 0.1),
 }
 
 
