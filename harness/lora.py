@@ -50,10 +50,8 @@ def add_adapters(model, cfg: RunConfig, source: str) -> None:
         inject_adapter_in_model(config, model)
     if any(isinstance(layer, LoraLayer) and not isinstance(layer, Linear) for layer in model.modules()):
         fail(f"--lora-rank: {type(model).__name__} keeps its experts in one tensor: LoRA is not supported for it")
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            for matrix in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):  # peft gives them the type of the base
-                matrix.weight = torch.nn.Parameter(matrix.weight.detach().float())
+    for name, p in adapters(model).items():  # peft gives them the type of the base
+        model.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(p.detach().float())
 
 
 def adapters(model) -> dict[str, torch.nn.Parameter]:

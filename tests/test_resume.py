@@ -17,8 +17,7 @@ import torch
 from helpers import SCRIPTS, call, lines, needs_peft, refused
 from safetensors.torch import load_file
 
-import verifier
-from harness import files, stop
+from harness import files, rewards, stop
 from harness import run as run_module
 
 pytestmark = pytest.mark.slow
@@ -200,7 +199,7 @@ def test_one_bad_update_of_several_does_not_mark_the_others(small, tmp_path, mon
 
 
 def test_a_batch_without_a_usable_group_changes_nothing(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(verifier, "grade", lambda *_: (0.0, "wrong"))
+    monkeypatch.setattr(rewards, "load", lambda reward: lambda text: (0.0, "wrong"))
     call(monkeypatch, "dapo", *small("--name", "r", "--max-rounds", 2))
     rows = lines(tmp_path / "r" / "metrics.jsonl")
     assert [row["dynamic_sampling/groups"] for row in rows] == [0, 0] and rows[0]["grad_norm"] == 0
