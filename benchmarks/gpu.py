@@ -224,7 +224,7 @@ def measure_script(size: Size, device: torch.device, name: str, *options: str) -
         return random_model(size, device, dtype), tiny.new_tokenizer()
 
     def check_memory(cfg, model, prompt_length):
-        fixed, rollout, update = memory.estimate_memory(cfg, model, prompt_length).values()
+        fixed, rollout, update = memory.estimate_memory(cfg, model, prompt_length, device.type == "cuda").values()
         estimates.append((fixed + max(rollout, update)) / 2**30)
 
     grades = iter([(1.0, "correct"), (0.0, "wrong")] * 10**6)

@@ -39,19 +39,20 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int, on_gpu: bool) -> 
     rows = min(cfg.rollout_rows, math.ceil(completions / processes))  # sampled at a time
     tokens = rows * (prompt_length + cfg.max_new_tokens)
     cache = tokens * layers * 2 * kv_heads * head_size * activation  # keys and values
-    sampling = 4 * rows * vocabulary * 4  # four float32 buffers of a row's logits
+    chunk = max(common.CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"], vocabulary)  # logits at a time
+    sampling = 2 * 4 * min(rows * vocabulary, chunk)  # two float32 chunks
     gathered_weights = weights if cfg.fsdp else 0
 
     # An activation count of 34 per token, layer and hidden unit, in bytes at 16 bits: Korthikanti et al. (arXiv
     # 2205.05198) without the attention matrix. With checkpointing only a layer's input is kept.
     kept = 2 if cfg.gradient_checkpointing else 34
     activations = cfg.token_budget * layers * kept * hidden * activation // 2
-    chunks = 2 * 4 * max(common.CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"], vocabulary)  # two float32 chunks of logits
+    scoring = 2 * 4 * chunk  # two float32 chunks
     head_gradient = 0 if cfg.lora_rank else 4 * vocabulary * hidden  # float32; LoRA does not train the head
     return {
         "weights, gradients, optimizer": (weights + gradients + optimizer + reference) // shards + autocast_copy,
         "rollout": cache + sampling + gathered_weights,
-        "update": activations + chunks + head_gradient,
+        "update": activations + scoring + head_gradient,
     }
 
 
