@@ -94,13 +94,12 @@ def weights(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    mask = mask.float()
     A = advantages if advantages.dim() == 2 else advantages[:, None]
     score = (A + alpha * entropy).detach().float()  # [B, T]
     if not step_wise:  # a row has one score: the mean over its tokens
-        score = (score * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+        score = ((score * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).float()  # [B, 1]
     competing = mask > 0 if step_wise else torch.ones_like(mask, dtype=torch.bool)  # [B, T] who is in each softmax
-    result = torch.zeros_like(mask)
+    result = torch.zeros_like(mask, dtype=torch.float32)
     for g in group.unique():
         rows = group == g
         x = torch.where(competing[rows], score[rows], -torch.inf)  # [G, T]
