@@ -40,7 +40,7 @@ ARITHMETIC = ("easy", "trap", "long")
 OFTEN = dict(eval_every=27)  # evaluates a Countdown run four times on its way
 # The weights that EGSW gives right and wrong completions of the Countdown base on average: scale.py measures them.
 MATCHED = dict(right_scale=1.8, wrong_scale=0.65)
-SEEDS = dict(methods=10, frontier=3, parts=5, gtpo_terms=5, grpo_s_terms=5, size=3, sgd=2, neighbours=5,
+SEEDS = dict(methods=10, frontier=3, parts=5, gtpo_terms=5, grpo_s_terms=5, size=3, sgd=3, neighbours=5,
              neighbour_options=3, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3)  # fmt: skip
 QUESTIONS = (*SEEDS, "cost")
 
@@ -121,6 +121,10 @@ def plan(question: str) -> Iterator[Line]:
             yield setting, method, {}
             for lr in (0.03, 0.1, 0.3):
                 yield setting, method, dict(optimizer="sgd", lr=lr)
+            if method == "egsw":  # weights whose sum is one over a group of 8: an eighth of the gradient
+                yield setting, method, dict(mean_one=False)
+                for lr in (0.1, 0.8):
+                    yield setting, method, dict(mean_one=False, optimizer="sgd", lr=lr)
     if question == "neighbours":
         for setting in ("countdown", "long"):
             often = dict(eval_every=54) if setting == "countdown" else {}
