@@ -3,19 +3,20 @@
 learning_curves.png: reward, entropy and length against the tokens sampled, a row of panels a setting; lines are means
 over seeds, bands span from the lowest seed to the highest. pass_at_k.png: pass@k before and after training. parts.png:
 mean@64 and pass@64 of EGSW's options and of controls. frontier.png: mean@64 against pass@64 over learning rates and
-lengths of training. egsw_grid.png: EGSW's mean@32 on arithmetic over P and alpha. Small dots are seeds.
+lengths of training, of the methods of more/ too. egsw_grid.png: EGSW's mean@32 on arithmetic over P and alpha. Small dots are seeds.
 """
 
 import statistics
 from pathlib import Path
 
-from tables import frontier_points, largest_k, lines_of, name_of
+from tables import frontier_points, largest_k, lines_of, method_of
 
 COLOURS = {
     "grpo": "#4c72b0", "dapo": "#dd8452", "egsw": "#55a868", "gtpo": "#c44e52", "grpo_s": "#8172b3",
     "egsw step_wise=False": "#1f6b3a", "forking": "#937860", "cov": "#da8bc3", "entropy_advantage": "#8c8c8c",
-    "quantile": "#ccb974", "cispo": "#64b5cd",
+    "quantile": "#ccb974", "cispo": "#64b5cd", "cov kind=kl": "#8c4c7c", "grpo reduction=token minibatches=4": "#26487a",
 }  # fmt: skip
+FRONTIERS = {"frontier": "the five methods", "neighbours": "the methods of more/"}  # the questions, and their titles
 
 
 def draw(rows: list[dict], curves: list[dict], evaluations: list[dict], out: Path) -> None:
@@ -40,7 +41,7 @@ def draw(rows: list[dict], curves: list[dict], evaluations: list[dict], out: Pat
         save(pass_at_k(pyplot, of_question["methods"]), "pass_at_k.png")
     if "parts" in of_question:
         save(parts(pyplot, of_question["parts"]), "parts.png")
-    if any(row["question"] == "frontier" for row in evaluations):
+    if any(row["question"] in FRONTIERS for row in evaluations):
         save(frontier(pyplot, evaluations), "frontier.png")
     if "egsw" in of_question:
         save(egsw_grid(pyplot, of_question["egsw"]), "egsw_grid.png")
@@ -119,24 +120,29 @@ def parts(pyplot, rows: list[dict]):
 
 
 def frontier(pyplot, evaluations: list[dict]):
-    """A line joins the evaluations of one learning rate, from the first to the last; the base is the black cross."""
-    figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    rows = [row for row in evaluations if row["question"] == "frontier"]
-    for method, points in frontier_points(rows).items():
-        for row in rows:
-            if name_of(row).startswith(method) and row["evaluation"] > 0:
-                axis.plot(row["mean@64"], row["pass@64"], ".", color=COLOURS[method], markersize=2, alpha=0.5)
-        for i, variant in enumerate(distinct(points, "variant")):
-            some = [point for point in points if point["variant"] == variant]
-            x = [point["mean@64"] for point in some]
-            y = [point["pass@64"] for point in some]
-            axis.plot(x, y, "-o", color=COLOURS[method], markersize=5, linewidth=1, label=method if i == 0 else None)
-    before = [row for row in rows if row["evaluation"] == 0]
-    x = statistics.fmean(row["mean@64"] for row in before)
-    y = statistics.fmean(row["pass@64"] for row in before)
-    axis.plot(x, y, "x", color="black", markersize=9, label="before")
-    axis.set(xlabel="mean@64", ylabel="pass@64", title="countdown; a line joins the evaluations of one learning rate")
-    axis.legend()
+    """The five methods and, beside them, the methods of more/. A line joins the evaluations of one learning rate, from
+    the first to the last; the base is the black cross."""
+    questions = [question for question in FRONTIERS if any(row["question"] == question for row in evaluations)]
+    size = dict(figsize=(7 * len(questions), 5.5), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(1, len(questions), **size)
+    for question, axis in zip(questions, panels[0], strict=True):
+        rows = [row for row in evaluations if row["question"] == question and row["setting"] == "countdown"]
+        for method, points in frontier_points(rows).items():
+            colour = COLOURS[method]
+            for row in rows:
+                if method_of(row) == method and row["evaluation"] > 0:
+                    axis.plot(row["mean@64"], row["pass@64"], ".", color=colour, markersize=2, alpha=0.5)
+            for i, variant in enumerate(distinct(points, "variant")):
+                some = [point for point in points if point["variant"] == variant]
+                x = [point["mean@64"] for point in some]
+                y = [point["pass@64"] for point in some]
+                axis.plot(x, y, "-o", color=colour, markersize=5, linewidth=1, label=method if i == 0 else None)
+        before = [row for row in rows if row["evaluation"] == 0]
+        x = statistics.fmean(row["mean@64"] for row in before)
+        y = statistics.fmean(row["pass@64"] for row in before)
+        axis.plot(x, y, "x", color="black", markersize=9, label="before")
+        axis.set(xlabel="mean@64", ylabel="pass@64", title=f"countdown: {FRONTIERS[question]}")
+        axis.legend()
     return figure
 
 

@@ -76,8 +76,8 @@ def report(rows: list[dict], evaluations: list[dict], costs: list[dict]) -> str:
     text = NOTE + "\n\n"
     for question in dict.fromkeys(row["question"] for row in rows):
         text += tables([row for row in rows if row["question"] == question], question)
-        if question == "frontier":
-            text += frontier_table(evaluations)
+        if question in ("frontier", "neighbours") and evaluations:
+            text += frontier_table(evaluations, question)
     if costs:
         lines = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in costs]
         text += "### cost, easy\n\n" + markdown(list(costs[0]), lines)
@@ -201,15 +201,18 @@ def entropy_table(setting: str, lines: dict[str, list[dict]]) -> str:
     return text
 
 
+def method_of(row: dict) -> str:
+    """The name of a row's line without its learning rate and its length of training."""
+    return " ".join(part for part in name_of(row).split() if not part.startswith(("lr=", "stop_tokens=")))
+
+
 def frontier_points(evaluations: list[dict]) -> dict[str, list[dict]]:
-    """By method: a point for each learning rate, length of training and evaluation on the way, with the means over
-    seeds of mean@64 and pass@64."""
+    """By method, from the rows of one question: a point for each learning rate, length of training and evaluation on
+    the way, with the means over seeds of mean@64 and pass@64."""
     groups: dict[str, dict[tuple, list[dict]]] = {}
     for row in evaluations:
-        if row["question"] in ("frontier", "neighbours") and row["setting"] == "countdown" and row["evaluation"] > 0:
-            parts = name_of(row).split()
-            name = " ".join(part for part in parts if not part.startswith(("lr=", "stop_tokens=")))
-            of_method = groups.setdefault(name, {})
+        if row["setting"] == "countdown" and row["evaluation"] > 0:
+            of_method = groups.setdefault(method_of(row), {})
             of_method.setdefault((row["variant"], row["evaluation"]), []).append(row)
     points: dict[str, list[dict]] = {}
     for method, found in groups.items():
@@ -220,14 +223,14 @@ def frontier_points(evaluations: list[dict]) -> dict[str, list[dict]]:
     return points
 
 
-def frontier_table(evaluations: list[dict]) -> str:
+def frontier_table(evaluations: list[dict], question: str) -> str:
     """The highest pass@64 of each method among its points that reach a level of mean@64."""
     cells = []
-    for method, points in frontier_points(evaluations).items():
+    for method, points in frontier_points([row for row in evaluations if row["question"] == question]).items():
         line = [method, str(len(points))]
         for level in LEVELS:
             reached = [point["pass@64"] for point in points if point["mean@64"] >= level]
             line.append(f"{max(reached):.3f}" if reached else "not reached")
         cells.append(line)
     header = ["method", "points", *(f"mean@64 of {level} or more" for level in LEVELS)]
-    return "### frontier, countdown: the highest pass@64 at\n\n" + markdown(header, cells)
+    return f"### {question}, countdown: the highest pass@64 at\n\n" + markdown(header, cells)

@@ -335,9 +335,12 @@ class Trainer:
         """Adds a micro-batch to the step's metrics: the loss of each token, [b, T], and tensors [b, T] or [b, 1]
         whose mean over all tokens is logged."""
         gap = (batch.old_logprobs - batch.sampled_logprobs).abs()
-        for name, value in {"sampling_logp_difference": gap, **metrics}.items():
-            self.minibatch_sums.add(name, float((value.detach() * batch.mask).sum()))
-        self.minibatch_sums.add("loss", float((loss.detach() * batch.loss_weights).sum()))
+        values = {"sampling_logp_difference": gap, **metrics}
+        sums = {name: (value.detach() * batch.mask).sum() for name, value in values.items()}
+        sums["loss"] = (loss.detach() * batch.loss_weights).sum()
+        numbers = torch.stack(list(sums.values())).tolist()  # one wait for the GPU, not one for each
+        for name, number in zip(sums, numbers, strict=True):
+            self.minibatch_sums.add(name, number)
 
     def optimizer_step(self) -> None:
         """Steps on the gradient of the minibatch, after clipping its norm. If loss or gradient is not finite, it skips

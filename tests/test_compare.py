@@ -141,7 +141,7 @@ def test_the_frontier_is_the_best_pass_at_64_among_points_that_reach_a_level():
             for number, (mean, best) in enumerate([(0.18, 0.95), *points]):
                 about = dict(question="frontier", setting="countdown", method="egsw", variant=variant, seed=seed)
                 rows.append({**about, "evaluation": number, "mean@64": mean + 0.001 * seed, "pass@64": best})
-    assert "| egsw | 4 | 0.900 | 0.800 | 0.600 | not reached |" in tables.frontier_table(rows)
+    assert "| egsw | 4 | 0.900 | 0.800 | 0.600 | not reached |" in tables.frontier_table(rows, "frontier")
 
 
 @pytest.mark.parametrize("name, markdown", [("results", "tables"), ("quick", "quick")])

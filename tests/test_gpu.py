@@ -154,6 +154,30 @@ def test_the_next_token_takes_two_chunks_of_memory(greedy, autocast, gpu, monkey
     assert gpu.peak - before < 2.1 * 4 * chunk * V
 
 
+# --- the update -------------------------------------------------------------------------------------------------------
+
+
+def test_a_micro_batch_waits_for_the_gpu_at_most_six_times(gpu, loaded):
+    rollout = rollout_of(gpu.model, loaded[1])
+
+    def update(token_budget):
+        trainer = trainer_of(gpu.model, loaded[1], token_budget=token_budget)
+        gpu.syncs.clear()
+        n_microbatches = 0
+        for minibatch in trainer.minibatches(rollout, "token"):
+            for batch in minibatch:
+                ratio = (batch.logprobs - batch.old_logprobs).exp()
+                (-ratio * batch.loss_weights).sum().backward()
+                trainer.record(batch, -ratio, **common.clip_fractions(ratio, torch.ones_like(ratio), 0.2, 0.2))
+                n_microbatches += 1
+        return gpu.syncs.total(), n_microbatches
+
+    waits_of_many, many = update(token_budget=60)
+    waits_of_one, one = update(token_budget=10**6)
+    assert one == 1 and many > 3
+    assert 0 < waits_of_many - waits_of_one <= 6 * (many - one)
+
+
 # --- the ratio --------------------------------------------------------------------------------------------------------
 
 
