@@ -41,7 +41,7 @@ OFTEN = dict(eval_every=27)  # evaluates a Countdown run four times on its way
 # The weights that EGSW gives right and wrong completions of the Countdown base on average: scale.py measures them.
 MATCHED = dict(right_scale=1.8, wrong_scale=0.65)
 SEEDS = dict(methods=10, frontier=3, parts=5, gtpo_terms=5, grpo_s_terms=5, size=3, sgd=3, neighbours=5,
-             neighbour_options=3, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3)  # fmt: skip
+             neighbour_options=5, gtpo=3, egsw=3, egsw_forms=3, grpo_s=3, updates=3, reduction=3)  # fmt: skip
 QUESTIONS = (*SEEDS, "cost")
 
 # Each neighbour's own option: its default, and two more values.
@@ -125,19 +125,22 @@ def plan(question: str) -> Iterator[Line]:
                 yield setting, method, dict(mean_one=False)
                 for lr in (0.1, 0.8):
                     yield setting, method, dict(mean_one=False, optimizer="sgd", lr=lr)
-    if question == "neighbours":
-        for setting in ("countdown", "long"):
-            often = dict(eval_every=54) if setting == "countdown" else {}
-            yield setting, "grpo", OFTEN if setting == "countdown" else {}
-            yield setting, "grpo", dict(reduction="token", minibatches=4) | often
+    if question == "neighbours":  # most of them take four updates per rollout, so GRPO with four is a reference too
+        often = dict(eval_every=54)
+        four_updates = dict(reduction="token", minibatches=4)
+        for setting, lr in (("countdown", {}), ("countdown", dict(lr=2e-4)), ("long", {})):
+            options = lr | often if setting == "countdown" else {}
+            yield setting, "grpo", OFTEN if options == often else options  # a cell of other questions
+            yield setting, "grpo", four_updates | options
             for method in NEIGHBOURS:
-                yield setting, method, often
-            yield setting, "more.cov", dict(kind="kl") | often
-        for method in NEIGHBOURS:
-            yield "countdown", method, dict(lr=2e-4, eval_every=54)
-    if question == "neighbour_options":
+                yield setting, method, options
+            yield setting, "more.cov", dict(kind="kl") | options
+    if question == "neighbour_options":  # at the learning rate that fits four updates per rollout
+        slow = dict(lr=2e-4, eval_every=54)
+        for minibatches in (4, 1):
+            yield "countdown", "grpo", dict(reduction="token", minibatches=minibatches) | slow
         for method, options in NEIGHBOUR_OPTIONS:
-            yield "countdown", method, options
+            yield "countdown", method, options | slow
     if question == "gtpo":
         readings = [{}, dict(normalize="own"), dict(compare="row"), dict(compare="matrix"),
                     dict(compare="row", mean="geometric"), dict(alpha2=0.0), dict(alpha2=0.05), dict(alpha2=0.2),
