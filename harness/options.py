@@ -72,7 +72,7 @@ class RunConfig:
     stop_tokens: int | None = option(None, "end earlier, after this many sampled completion tokens", at_least=1)
     optimizer: Literal["adamw", "sgd"] = option("adamw", "sgd (without momentum) keeps no state: it needs less memory")
     lr: float = option(
-        None, "if not given: 2e-4 below 10M parameters, else 1e-6; sgd: 0.1, else 0.03; LoRA: ten times that", above=0
+        None, "if not given: 2e-4 below 10M parameters, else 1e-6; sgd: 0.1; LoRA: ten times that", above=0
     )
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
     max_grad_norm: float = option(1.0, "a larger gradient is scaled down to this norm", above=0)
@@ -95,7 +95,7 @@ class RunConfig:
 
 
 # The learning rate if --lr is not given, below 10M parameters and from there on. With --lora-rank it is ten times this.
-DEFAULT_LR = {"adamw": (2e-4, 1e-6), "sgd": (0.1, 0.03)}
+DEFAULT_LR = {"adamw": (2e-4, 1e-6), "sgd": (0.1, 0.1)}
 
 # What a run keeps when it is resumed: its checkpoints hold the state of this optimizer, for these weights.
 FIXED_ON_RESUME = ("optimizer", "lora_rank", "lora_alpha")
