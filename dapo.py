@@ -18,14 +18,14 @@ DAPO is GRPO with six changes:
  - Dynamic sampling (Eq. 11): prompts whose completions are all right or all wrong teach nothing and are replaced.
  - Soft overlong punishment p (Eq. 13). L_max is max_new_tokens; L_cache is the zone before it.
  - No KL.
- - Several updates per rollout (--minibatches). Only then does clipping matter.
+ - Several updates per rollout (--minibatches). Clipping matters only then.
 
 Deviations from the paper, and why:
  1. Dynamic sampling stops after --max-rounds rounds. Then the step continues with the groups that it has, and the
     metrics say how many. Late in training nearly every group is all right, and the paper's loop would hardly end.
  2. Only the verifier decides whether a group is all right or all wrong, because a difference in length punishment says
     nothing about correctness. Such a group is replaced, and if it remains, its advantage is 0.
- 3. 4 updates per rollout instead of the paper's 16: a rollout of the default run is 64 times smaller than the paper's.
+ 3. 4 updates per rollout instead of the paper's 16: a rollout of the default run is 32 times smaller than the paper's.
  4. --overlong-filter leaves completions that were cut off at the limit out of the loss. It is the paper's alternative
     to the punishment.
 """

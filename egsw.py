@@ -18,7 +18,8 @@ constants: no gradient flows through them.
 
 Deviations from the paper, and why:
  1. The weights are multiplied by the number of completions in the softmax, so their mean is one. Then a very large P
-    gives GRPO, and GRPO's learning rate fits. --no-mean-one gives the paper's weights, whose sum is one.
+    gives GRPO (with the same --reduction), and GRPO's learning rate fits. --no-mean-one gives the paper's weights,
+    whose sum is one.
  2. The gradient above holds as long as the policy has not moved. With several updates per rollout (--minibatches), the
     ratio is clipped as in GRPO, and w multiplies the whole clipped objective of a token, with its KL term.
  3. alpha and P are this project's choice. The paper calls them sensitive, but we could not confirm its values. We could

@@ -46,7 +46,7 @@ class Signals:
             self.status = 128 + number
             self.time = time.monotonic()
             if distributed.rank() == 0:
-                print("\nstopping after this step; once more stops at once", file=sys.stderr)
+                print("\nstopping after this step; a second signal stops at once", file=sys.stderr)
         elif time.monotonic() - self.time > 1:  # within a second it is the same Ctrl-C, sent on by torchrun
             raise KeyboardInterrupt
 
@@ -68,5 +68,5 @@ def end_with_one_line(error: BaseException, folder: Path, step: int, signal_stat
         print(f"stopped in step {step}; {folder} holds what was saved before it", file=sys.stderr)
         raise SystemExit(signal_status or 130) from None
     if getattr(error, "errno", None) in DISK_FULL or "no space left" in str(error).lower():  # safetensors has no errno
-        print(f"error: the disk of {folder} is full; make room, then {way_out}", file=sys.stderr)
+        print(f"error: the disk of {folder} is full: make room; {way_out}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -59,8 +59,8 @@ def advantages(rewards: Tensor, group: Tensor, quantile: float = 0.4, eps: float
         rows = group == g
         r = rewards[rows]
         if r.max() > r.min():
-            share_below = (r <= r[:, None]).to(r.dtype).mean(1)  # [G] F(r_i)
-            baseline = r[share_below >= quantile].min()
+            share_up_to = (r <= r[:, None]).to(r.dtype).mean(1)  # [G] F(r_i)
+            baseline = r[share_up_to >= quantile].min()
             result[rows] = (r - baseline) * (1 / (r.std(correction=0) + eps))
     return result
 

@@ -7,7 +7,7 @@ A question names numbers and a target; a completion is a chain of running totals
     3 12 7=29?      12*3=36
                     36-7=29
 
-Most numbers reach a target by several chains, and the reward is 1 for any of them. It checks the chain itself: each
+Most questions have several solutions, and the reward is 1 for any of them. It checks the chain itself: each
 step's arithmetic, each number once, the target at the end, and nothing else in the text.
 
 The base model is warm-started on demonstrations. All of them are correct arithmetic, but three in ten are random chains
