@@ -128,7 +128,8 @@ def plan(question: str) -> Iterator[Line]:
     if question == "neighbours":  # most of them take four updates per rollout, so GRPO with four is a reference too
         often = dict(eval_every=54)
         four_updates = dict(reduction="token", minibatches=4)
-        for setting, lr in (("countdown", {}), ("countdown", dict(lr=2e-4)), ("long", {})):
+        places = [("countdown", {}), ("countdown", dict(lr=2e-4)), *((setting, {}) for setting in ARITHMETIC)]
+        for setting, lr in places:
             options = lr | often if setting == "countdown" else {}
             yield setting, "grpo", OFTEN if options == often else options  # a cell of other questions
             yield setting, "grpo", four_updates | options
