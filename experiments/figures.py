@@ -142,7 +142,7 @@ def frontier(pyplot, evaluations: list[dict]):
         y = statistics.fmean(row["pass@64"] for row in before)
         axis.plot(x, y, "x", color="black", markersize=9, label="before")
         axis.set(xlabel="mean@64", ylabel="pass@64", title=f"countdown: {FRONTIERS[question]}")
-        axis.legend()
+        axis.legend(loc="lower right")
     return figure
 
 
