@@ -32,13 +32,12 @@ WAYS = {
 CARDS = (24, 48, 80)  # GiB
 RESERVED = 1.5  # GiB of a card that CUDA itself and gaps between tensors take: an assumption
 PROMPT_LENGTH = 256  # tokens
-DEFAULTS = dict(max_new_tokens=512, token_budget=16384)  # of a real model on a GPU
+DEFAULTS = dict(max_new_tokens=512, token_budget=8192)  # of a real model on a GPU
 
 # What makes a rollout and an update smaller, in the order in which it is tried: what costs least time comes first.
 ROLLOUTS = [{}, *(dict(rollout_rows=n) for n in (512, 256, 128, 64, 32))]
 UPDATES = [
     {},
-    dict(token_budget=8192),
     dict(token_budget=4096),
     dict(gradient_checkpointing=True),
     dict(gradient_checkpointing=True, token_budget=4096),

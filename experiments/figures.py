@@ -3,7 +3,8 @@
 learning_curves.png: reward, entropy and length against the tokens sampled, a row of panels a setting; lines are means
 over seeds, bands span from the lowest seed to the highest. pass_at_k.png: pass@k before and after training. parts.png:
 mean@64 and pass@64 of EGSW's options and of controls. frontier.png: mean@64 against pass@64 over learning rates and
-lengths of training, of the methods of more/ too. egsw_grid.png: EGSW's mean@32 on arithmetic over P and alpha. Small dots are seeds.
+lengths of training, also of the methods of more/. egsw_grid.png: EGSW's mean@32 on arithmetic over P and alpha. Small
+dots are seeds.
 """
 
 import statistics
@@ -14,7 +15,8 @@ from tables import frontier_points, largest_k, lines_of, method_of
 COLOURS = {
     "grpo": "#4c72b0", "dapo": "#dd8452", "egsw": "#55a868", "gtpo": "#c44e52", "grpo_s": "#8172b3",
     "egsw step_wise=False": "#1f6b3a", "forking": "#937860", "cov": "#da8bc3", "entropy_advantage": "#8c8c8c",
-    "quantile": "#ccb974", "cispo": "#64b5cd", "cov kind=kl": "#8c4c7c", "grpo reduction=token minibatches=4": "#26487a",
+    "quantile": "#ccb974", "cispo": "#64b5cd", "cov kind=kl": "#8c4c7c",
+    "grpo reduction=token minibatches=4": "#26487a",
 }  # fmt: skip
 FRONTIERS = {"frontier": "the five methods", "neighbours": "the methods of more/"}  # the questions, and their titles
 

@@ -19,6 +19,7 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int, on_gpu: bool) -> 
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
     hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     vocabulary = config.vocab_size
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -37,21 +38,28 @@ def estimate_memory(cfg: RunConfig, model, prompt_length: int, on_gpu: bool) -> 
 
     completions = max(cfg.n_prompts * cfg.group_size, cfg.eval_rows * cfg.eval_k)
     rows = min(cfg.rollout_rows, math.ceil(completions / processes))  # sampled at a time
+    greedy_rows = min(cfg.rollout_rows, math.ceil(cfg.eval_rows / processes))  # each has a prompt of its own
+    prompts = max(rows // cfg.group_size, greedy_rows)  # read at a time
+    # In bytes per token: the residual stream in float32, and three tensors inside the MLP.
+    prefill = prompts * prompt_length * (12 * hidden + 3 * activation * intermediate)
     tokens = rows * (prompt_length + cfg.max_new_tokens)
     cache = tokens * layers * 2 * kv_heads * head_size * activation  # keys and values
     chunk = max(common.CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"], vocabulary)  # logits at a time
     sampling = 2 * 4 * min(rows * vocabulary, chunk)  # two float32 chunks
     gathered_weights = weights if cfg.fsdp else 0
 
-    # An activation count of 34 per token, layer and hidden unit, in bytes at 16 bits: Korthikanti et al. (arXiv
-    # 2205.05198) without the attention matrix. With checkpointing only a layer's input is kept.
-    kept = 2 if cfg.gradient_checkpointing else 34
-    activations = cfg.token_budget * layers * kept * hidden * activation // 2
+    # What a layer keeps for its backward pass, in bytes per token. Counted in Qwen2 and Llama: residual stream and
+    # norms are float32, also under autocast, and four tensors of the MLP have the type of the activations.
+    layer = 31 * hidden + 4 * activation * intermediate
+    stream = 4 * hidden  # a layer's input: all that it keeps with checkpointing, until it is computed again
+    kept = layers * stream + layer if cfg.gradient_checkpointing else layers * layer
+    passing = layer // 2  # gradients on their way through a layer
+    activations = max(cfg.token_budget, prompt_length + cfg.max_new_tokens) * (kept + passing)
     scoring = 2 * 4 * chunk  # two float32 chunks
     head_gradient = 0 if cfg.lora_rank else 4 * vocabulary * hidden  # float32; LoRA does not train the head
     return {
         "weights, gradients, optimizer": (weights + gradients + optimizer + reference) // shards + autocast_copy,
-        "rollout": cache + sampling + gathered_weights,
+        "rollout": cache + max(prefill, sampling) + gathered_weights,
         "update": activations + scoring + head_gradient,
     }
 

@@ -77,7 +77,7 @@ class RunConfig:
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
     max_grad_norm: float = option(1.0, "a larger gradient is scaled down to this norm", above=0)
     minibatches: int = option(1, "optimizer steps per rollout, each on its part of the rows", at_least=1)
-    token_budget: int = option(None, "tokens of a micro-batch; if not given: 2048, on a GPU 16384", at_least=1)
+    token_budget: int = option(None, "tokens of a micro-batch; if not given: 2048, on a GPU 8192", at_least=1)
 
     eval_rows: int = option(256, "held-out problems to evaluate on; 0: no evaluation", at_least=0)
     eval_k: int = option(8, "completions per problem for mean@k and pass@k", at_least=1)
@@ -221,4 +221,4 @@ def resolve_defaults(cfg: RunConfig, n_parameters: int, on_gpu: bool) -> None:
     if cfg.max_new_tokens is None:
         cfg.max_new_tokens = 64 if cfg.dataset == "arithmetic" else 512
     if cfg.token_budget is None:
-        cfg.token_budget = 16384 if on_gpu else 2048
+        cfg.token_budget = 8192 if on_gpu else 2048

@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers import T, assert_same_samples, call, lines, rollout_of, trainer_of
 from pretend_gpu import pretended_gpu
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import common
-from harness import cuda_graphs, lora
+from harness import cuda_graphs, lora, memory
+from harness.options import RunConfig
+from harness.trainer import Trainer
 
 SAMPLERS = [common.sample, cuda_graphs.sample]
 RUNS = [
@@ -243,3 +245,52 @@ def test_a_number_that_python_decides_in_a_graph_is_noticed(gpu, loaded, monkeyp
     on_cpu = rollout_of(gpu.model, loaded[1], sample=cuda_graphs.sample)
     with pytest.raises(AssertionError):
         assert_same_samples(on_gpu, on_cpu)
+
+
+# --- the estimate of memory -------------------------------------------------------------------------------------------
+
+
+def small_qwen(**sizes):
+    """A model with the ratios of Qwen2.5-0.5B at a quarter of its width."""
+    shape = dict(hidden_size=224, intermediate_size=1216, num_attention_heads=14, num_key_value_heads=2)
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=512, tie_word_embeddings=True, **shape, **sizes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_estimate_of_an_update_is_near_its_peak(rank, checkpointing, loaded, engine_folder, monkeypatch):
+    monkeypatch.setitem(common.CHUNK_ELEMENTS, "cuda", 512 * 64)
+    options = dict(lora_rank=rank, gradient_checkpointing=checkpointing, optimizer="sgd", token_budget=1024)
+    cfg = RunConfig(max_new_tokens=112, lr=1e-9, **options)
+    model = small_qwen(num_hidden_layers=6)
+    if rank:
+        model.to(torch.bfloat16)
+        lora.add_adapters(model, cfg, source="")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    estimate = memory.estimate_memory(cfg, model, prompt_length=16, on_gpu=True)
+    with pretended_gpu(engine_folder) as gpu:
+        model.to("cuda")
+        rollout = common.empty_rollout([[1] * 16] * 8, 1, 112, model.device)
+        rollout.completion_ids.copy_(torch.randint(512, (8, 112)))
+        rollout.mask.fill_(1.0)
+        trainer = Trainer(cfg, model, loaded[1], [], source="")
+        for _ in range(2):  # in the second step there are gradients from the beginning, as with several micro-batches
+            gpu.peak = 0
+            for batch in next(trainer.minibatches(rollout, "token")):
+                (batch.logprobs * batch.loss_weights).sum().backward()
+    estimated = estimate["weights, gradients, optimizer"] + estimate["update"]
+    assert 1 < estimated / gpu.peak < 1.3
+
+
+def test_the_estimate_of_a_rollout_is_near_its_peak(engine_folder, monkeypatch):
+    monkeypatch.setitem(common.CHUNK_ELEMENTS, "cuda", 512 * 64)
+    cfg = RunConfig(n_prompts=32, group_size=4, eval_rows=0, max_new_tokens=4, token_budget=1)
+    model = small_qwen(num_hidden_layers=4)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    estimate = memory.estimate_memory(cfg, model, prompt_length=64, on_gpu=True)
+    with pretended_gpu(engine_folder) as gpu:
+        model.to("cuda")
+        gpu.peak = 0
+        common.sample(model, [[1] * 64] * 32, 4, 4, [0], torch.rand(128, 4))
+    assert 1 < (6 * n_parameters + estimate["rollout"]) / gpu.peak < 1.3  # float32 weights, and autocast's copy
