@@ -92,7 +92,7 @@ def advantages(rewards: Tensor, group: Tensor, punishment: Tensor, eps: float = 
         rows = group == g
         r = rewards[rows]
         if r.max() > r.min():
-            r = r + punishment[rows]
+            r = r + punishment[rows].to(r.dtype)
             result[rows] = (r - r.mean()) / (r.std(correction=0) + eps)  # Eq. 9
     return result
 

@@ -71,7 +71,7 @@ def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: 
     lengths: of the right completions if the fraction is gamma or more, else of the whole group.
     """
     right = rewards > 0.5
-    result = torch.zeros_like(rewards)
+    result = torch.zeros_like(rewards, dtype=torch.float32)
     for g in group.unique():
         rows = group == g
         fraction_right = right[rows].float().mean()
@@ -81,7 +81,7 @@ def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: 
         measured = rows & right if fraction_right >= gamma else rows
         length = lengths[measured].float()
         L = torch.max((length.min() + length.max()) / 2, length.mean())
-        result[punished] = -0.5 * ((lengths[punished] - L) / L).clamp(0, 1)
+        result[punished] = -0.5 * ((lengths[punished] - L) / L).clamp(0, 1).float()
     return result
 
 
@@ -116,16 +116,16 @@ def shaped_rewards(
     """
     H = entropy.clamp(entropy_min, entropy_max)
     punishment = torch.zeros_like(rewards) if punishment is None else punishment
-    reward_plus = torch.zeros_like(mask)
-    reward_minus = torch.zeros_like(mask)
+    reward_plus = torch.zeros_like(mask, dtype=torch.float32)
+    reward_minus = torch.zeros_like(mask, dtype=torch.float32)
     for rows in comparison_sets(rewards, group, scope):
         right = rows & (rewards > 0.5)
         bonus = over_mean(H[right], mask[right], compare, mean)
-        reward_plus[right] = alpha1 * (rewards + punishment)[right, None] + alpha2 * bonus  # (2)
+        reward_plus[right] = (alpha1 * (rewards + punishment)[right, None] + alpha2 * bonus).float()  # (2)
 
         wrong = rows & (rewards <= 0.5)
         penalty = over_mean(1 / H[wrong], mask[wrong], compare, mean)
-        reward_minus[wrong] = alpha1 * (punishment - 1)[wrong, None] - alpha2 * penalty  # (3)
+        reward_minus[wrong] = (alpha1 * (punishment - 1)[wrong, None] - alpha2 * penalty).float()  # (3)
     return reward_plus * mask, reward_minus * mask
 
 
@@ -138,7 +138,7 @@ def advantages(
     reward_plus, reward_minus, mask: [B, T]; rewards, group: [B]. normalize: "all" takes mean and std over all tokens of
     the set, "own" over those of the outcome alone; KeyError for another word. Groups with one outcome get exactly 0.
     """
-    result = torch.zeros_like(mask)
+    result = torch.zeros_like(reward_plus)
     for rows in comparison_sets(rewards, group, scope):
         for outcome, shaped in ((rewards > 0.5, reward_plus), (rewards <= 0.5, reward_minus)):
             pool = {"all": rows, "own": rows & outcome}[normalize]

@@ -176,14 +176,23 @@ def head_liger(hidden, weight, targets):
     return -nll, entropy
 
 
+def what_liger_runs(device: torch.device) -> str:
+    """The function that head_liger runs on this device: kernels on compute capability 9.0, elsewhere plain torch."""
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import _resolve_implementation
+
+        return _resolve_implementation(device).__name__
+    except ImportError as error:  # the kernels need a package of their own
+        raise NotMeasured(f"what Liger runs on this device cannot be loaded: {error}") from None
+
+
 def measure_logprobs(name: str, size: Size, device: torch.device) -> list[dict]:
     """Time and peak memory of log-probs and entropy in bf16, forward and backward."""
     heads = {"ours": head_ours, "naive": head_naive, "TRL": head_trl, "Liger": head_liger}
     package = {"TRL": "trl", "Liger": "liger_kernel"}.get(name)
     if package and not installed(package):
         raise NotMeasured(f"{package} is not installed")
-    if name == "Liger" and device.type != "cuda":
-        raise NotMeasured("its kernels need a GPU")
+    label = f"Liger ({what_liger_runs(device)})" if name == "Liger" else name
     torch.manual_seed(0)
     hidden = torch.randn(size.scored, size.hidden).to(device, torch.bfloat16).requires_grad_()
     weight = (torch.randn(size.vocabulary, size.hidden) * 0.02).to(device, torch.bfloat16).requires_grad_()
@@ -197,7 +206,7 @@ def measure_logprobs(name: str, size: Size, device: torch.device) -> list[dict]:
         return logprobs, entropy
 
     sums = " and ".join(f"{float(x.detach().float().mean()):.4f}" for x in work())
-    what = f"log-probs and entropy, {size.scored} x {size.vocabulary}: {name}"
+    what = f"log-probs and entropy, {size.scored} x {size.vocabulary}: {label}"
     rows = [row(what, median_seconds(work, device), "s", f"same work: means {sums}")]
     if device.type == "cuda":
         hidden.grad = weight.grad = None
@@ -217,6 +226,8 @@ def measure_script(size: Size, device: torch.device, name: str, *options: str) -
     unknown = [option for option in options if option.startswith("--") and option not in known]
     if unknown:
         raise NotMeasured(f"there is no option {', '.join(unknown)}")
+    if "--lora-rank" in options and not installed("peft"):
+        raise NotMeasured("peft is not installed")
     estimates = []
 
     def load_model(name, device, *options):

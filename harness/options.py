@@ -84,7 +84,7 @@ class RunConfig:
     eval_every: int = option(0, "evaluate also after every N steps; 0: only before and after the run", at_least=0)
     eval_only: bool = option(False, "evaluate the model and stop")
 
-    seed: int = option(0, "decides the order of the prompts and every sample", at_least=0)
+    seed: int = option(0, "decides the order of the prompts and every sample", at_least=0, at_most=2**63 - 1)
     out: str = option("runs", "folder that holds all runs")
     name: str | None = option(None, "folder of this run inside <out>; if not given: <method>-1, -2, ...")
     save_every: int = option(0, "write a checkpoint after every N steps; 0: only at the end", at_least=0)

@@ -8,6 +8,7 @@
 | updates that are not finite, three steps in a row | 1 | everything: the weights are still good |
 | another process of torchrun has died | 1 | what was saved before |
 | the disk is full | 1 | what was saved before |
+| a GPU is out of memory | 1 | what was saved before |
 | wrong options or input | 2 | nothing: the run has not begun |
 | the --reward function has failed | 2 | what was saved before |
 """
@@ -18,6 +19,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from harness import distributed
 from harness.options import fail
@@ -69,4 +72,8 @@ def end_with_one_line(error: BaseException, folder: Path, step: int, signal_stat
         raise SystemExit(signal_status or 130) from None
     if getattr(error, "errno", None) in DISK_FULL or "no space left" in str(error).lower():  # safetensors has no errno
         print(f"error: the disk of {folder} is full: make room; {way_out}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if isinstance(error, torch.OutOfMemoryError):
+        print(f"error: out of GPU memory in step {step}: give a smaller --rollout-rows or --token-budget, or "
+              f"--gradient-checkpointing; {way_out}", file=sys.stderr)  # fmt: skip
         raise SystemExit(1) from None

@@ -212,6 +212,17 @@ def test_prompts_take_the_chat_template_or_else_the_prompt_template(capsys):
         + ("{{ messages[0].content }}?")
     )
     assert asked("7").endswith("7\n\n1+2?")
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+        + ("{{ messages[0].content }}?")
+    )
+    assert asked("7").endswith("7\n\n1+2?")
+    tokenizer.chat_template = "{{ raise_exception('no turns at all') }}"
+    for system in ("7", ""):
+        with pytest.raises(SystemExit):
+            asked(system)
+        message = error_line(capsys)
+        assert "no turns at all" in message and "--prompt-template" in message
     tokenizer.chat_template = None
     assert asked() == "3+1+2="
     with pytest.raises(SystemExit):

@@ -111,10 +111,16 @@ def test_what_a_family_does_behind_its_head_is_part_of_the_log_probs(family, nam
     assert (score(model, r)[0] - r.logprobs).abs().max() > 1e-3
 
 
-def test_a_model_that_does_more_behind_its_head_is_refused(loaded):
-    model, _ = loaded
+def test_a_soft_cap_in_bf16_is_not_refused_for_its_rounding(tmp_path):
+    model, _ = data.load_model(checkpoint("Gemma2", tmp_path / "a"), torch.device("cpu"), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_does_more_behind_its_head_is_refused(dtype, loaded):
+    model = loaded[0].to(dtype)
     data.check_head(model)
-    model.register_forward_hook(lambda module, args, output: output.__setitem__("logits", output.logits * 2) or output)
+    model.register_forward_hook(lambda _, args, output: output.__setitem__("logits", output.logits * 1.1) or output)
     with pytest.raises(ValueError, match="Qwen3ForCausalLM"):
         data.check_head(model)
 

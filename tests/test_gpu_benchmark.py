@@ -2,8 +2,10 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from pretend_gpu import pretended_gpu
 
 from benchmarks import gpu
@@ -36,13 +38,13 @@ def check(rows, table):
 def test_every_row_is_measured_on_a_cpu(monkeypatch, tmp_path):
     rows, table = measured(monkeypatch, tmp_path)
     check(rows, table)
-    assert rows["log-probs: Liger"]["value"] is None
 
 
 def test_every_row_but_those_of_triton_is_measured_on_the_pretended_gpu(monkeypatch, tmp_path, tmp_path_factory):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "pretended")
     for kernels_of_triton in ("head_liger", "head_trl"):
         monkeypatch.setattr(gpu, kernels_of_triton, gpu.head_naive)
+    monkeypatch.setattr(gpu, "what_liger_runs", lambda device: "pretended")
     with pretended_gpu(tmp_path_factory.getbasetemp()):
         rows, table = measured(monkeypatch, tmp_path)
     check(rows, table)
@@ -59,3 +61,27 @@ def test_a_row_that_fails_says_why_and_the_next_ones_go_on(monkeypatch, tmp_path
     assert rows["decoding"]["note"] == "failed: ValueError: broken\non purpose"
     assert "| decoding |  | failed: ValueError: broken on purpose |" in table
     assert rows["egsw"]["value"] is None and rows["log-probs and entropy, 64 x 64: naive"]["value"] > 0
+
+
+def test_the_row_of_liger_names_what_ran_or_why_it_cannot_be_loaded(monkeypatch):
+    class Kernel:
+        """Stands for a function of Liger."""
+
+    def not_installed(device):
+        raise ImportError("needs another package")
+
+    module = SimpleNamespace(_resolve_implementation=lambda device: Kernel)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_scaled_cross_entropy", module)
+    monkeypatch.setattr(gpu, "installed", lambda package: "1.0")
+    monkeypatch.setattr(gpu, "head_liger", gpu.head_naive)
+    rows = gpu.measure_logprobs("Liger", gpu.TINY, torch.device("cpu"))
+    assert rows[0]["row"].endswith("Liger (Kernel)")
+    module._resolve_implementation = not_installed
+    with pytest.raises(gpu.NotMeasured, match="needs another package"):
+        gpu.measure_logprobs("Liger", gpu.TINY, torch.device("cpu"))
+
+
+def test_lora_is_left_out_without_peft(monkeypatch):
+    monkeypatch.setattr(gpu, "installed", lambda package: None)
+    with pytest.raises(gpu.NotMeasured, match="peft"):
+        gpu.measure_script(gpu.TINY, torch.device("cpu"), "egsw", "--lora-rank", "32")

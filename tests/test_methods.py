@@ -633,3 +633,18 @@ def test_the_advantages_take_other_types_than_float32(name, dtype):
     expected = token_advantages(name, rewards, entropy, mask, group)
     got = token_advantages(name, rewards.to(dtype), entropy.to(dtype), mask.to(dtype), group)
     torch.testing.assert_close(got.float(), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("mask_type", [torch.float32, torch.bool, torch.int64, torch.float64])
+@pytest.mark.parametrize("reward_type", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_and_rewards_may_have_types_of_their_own(name, reward_type, mask_type):
+    """Trainers hold their masks as bool, integers or floats, and NumPy's rewards are float64."""
+    rewards, group, mask, entropy = batch()
+    options = {"gtpo": {"overlong_gamma": 0.75}}.get(name, {})
+    expected = token_advantages(name, rewards, entropy, mask, group, **options)
+    A = token_advantages(name, rewards.to(reward_type), entropy, mask.to(mask_type), group, **options)
+    torch.testing.assert_close(A.float(), expected)
+    new, old = random_logprobs(mask)
+    per_token = token_loss(name, new, old, expected, mask)
+    torch.testing.assert_close(token_loss(name, new, old, A, mask.to(mask_type)).float(), per_token)

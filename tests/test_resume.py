@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SCRIPTS, call, lines, needs_peft, refused
+from helpers import SCRIPTS, call, error_line, lines, needs_peft, refused
 from safetensors.torch import load_file
 
 from harness import files, rewards, stop
@@ -230,6 +230,17 @@ def test_a_full_disk_names_resume_only_if_there_is_a_checkpoint(tmp_path, capsys
         with pytest.raises(SystemExit) as end:
             stop.end_with_one_line(OSError(errno.ENOSPC, "No space left on device"), tmp_path, 3, 0)
         assert end.value.code == 1 and expected in capsys.readouterr().err
+        (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
+
+
+def test_a_gpu_out_of_memory_is_one_line_with_the_options_that_help(tmp_path, capsys):
+    for expected in ("--save-every", f"--resume {tmp_path}"):
+        with pytest.raises(SystemExit) as end:
+            stop.end_with_one_line(torch.OutOfMemoryError("CUDA out of memory"), tmp_path, 3, 0)
+        message = error_line(capsys)
+        assert end.value.code == 1 and "step 3" in message
+        for option in ("--rollout-rows", "--token-budget", "--gradient-checkpointing", expected):
+            assert option in message
         (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
 
 

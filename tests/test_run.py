@@ -80,7 +80,7 @@ def test_dapo_replaces_groups_without_information(small, tmp_path, monkeypatch):
     [
         ("--group-size", 1), ("--temperature", 0), ("--temperature", "nan"), ("--weight-temperature", 0),
         ("--steps", -1), ("--lr", -1), ("--clip-low", 0), ("--n-prompts", 0), ("--reduction", "median"),
-        ("--alpha", "x"), ("--colour", 1),
+        ("--alpha", "x"), ("--colour", 1), ("--seed", -1), ("--seed", 2**63),
         ("--dataset", "no-such-data"), ("--model", "no/such/folder/at all"), ("--max-new-tokens", 5000),
         ("--name", "a/b"), ("--name", ".."), ("--name", "x" * 300),
     ],
