@@ -114,18 +114,20 @@ def shaped_rewards(
 
     rewards, group, punishment: [B]; entropy (nats), mask: [B, T].
     """
-    H = entropy.clamp(entropy_min, entropy_max)
+    rewards = rewards.float()
+    mask = mask.float()
+    H = entropy.float().clamp(entropy_min, entropy_max)
     punishment = torch.zeros_like(rewards) if punishment is None else punishment
-    reward_plus = torch.zeros_like(mask, dtype=torch.float32)
-    reward_minus = torch.zeros_like(mask, dtype=torch.float32)
+    reward_plus = torch.zeros_like(mask)
+    reward_minus = torch.zeros_like(mask)
     for rows in comparison_sets(rewards, group, scope):
         right = rows & (rewards > 0.5)
         bonus = over_mean(H[right], mask[right], compare, mean)
-        reward_plus[right] = (alpha1 * (rewards + punishment)[right, None] + alpha2 * bonus).float()  # (2)
+        reward_plus[right] = alpha1 * (rewards + punishment)[right, None] + alpha2 * bonus  # (2)
 
         wrong = rows & (rewards <= 0.5)
         penalty = over_mean(1 / H[wrong], mask[wrong], compare, mean)
-        reward_minus[wrong] = (alpha1 * (punishment - 1)[wrong, None] - alpha2 * penalty).float()  # (3)
+        reward_minus[wrong] = alpha1 * (punishment - 1)[wrong, None] - alpha2 * penalty  # (3)
     return reward_plus * mask, reward_minus * mask
 
 
