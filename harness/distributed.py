@@ -172,9 +172,9 @@ def unsharded(model) -> Iterator[None]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     yield
-    # The first backward pass gathers in advance the weights of what ran last before it. After a rollout that is a layer,
-    # but a process without prompts has run none. Its gathers would not match those of the others, and all would hang. So
-    # the model runs last in every process.
+    # A backward pass gathers weights in advance: those of what ran before. A rollout has run the layers, but not in a
+    # process without prompts. It would gather other weights than the rest, and all would wait for ever. So the model
+    # itself runs last, in every process.
     model.run_as_forward(lambda _: None)
     for part in parts:
         part.set_reshard_after_forward(part is not model, recurse=False)

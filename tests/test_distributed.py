@@ -142,7 +142,7 @@ lora.base_dtype = lambda device: torch.bfloat16
 
 
 @needs_peft
-@pytest.mark.skipif(torch.__version__ < (2, 8), reason="FSDP2 of this torch wants one type in each layer")
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 of this torch wants one type in each layer")
 def test_adapters_of_a_bf16_base_learn_the_same_when_they_are_sharded(small, toy, tmp_path):
     options = small(*TRAINED["lora"], "--steps", 3, "--n-prompts", 7)
     runs = [("grpo", *options, "--name", "parallel"), ("grpo", *options, "--name", "fsdp", "--fsdp")]
