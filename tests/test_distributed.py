@@ -292,6 +292,9 @@ def test_shares_of_the_prompts_follow_each_other_and_leave_none_out(n, monkeypat
     assert taken == list(range(n))
 
 
+# --- a checkpoint -----------------------------------------------------------------------------------------------------
+
+
 def test_a_restored_optimizer_keeps_no_tensor_of_the_checkpoint(tmp_path):
     """A checkpoint is deleted when there is a newer one: nothing may still be mapped to its file."""
     weight = torch.nn.Parameter(torch.ones(3))
