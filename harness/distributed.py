@@ -172,6 +172,10 @@ def unsharded(model) -> Iterator[None]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     yield
+    # A backward pass gathers weights in advance: those of what ran before. A rollout has run the layers, but not in a
+    # process without prompts. It would gather other weights than the rest, and all would wait for ever. So the model
+    # itself runs last, in every process.
+    model.run_as_forward(lambda _: None)
     for part in parts:
         part.set_reshard_after_forward(part is not model, recurse=False)
         part.reshard()
@@ -207,13 +211,16 @@ def full_optimizer_state(optimizer) -> dict:
 
 
 def load_optimizer_state(optimizer, state: dict) -> None:
-    """Restores what full_optimizer_state gave, sharded in the same way as the parameters."""
+    """Restores what full_optimizer_state gave, sharded in the same way as the parameters. Keeps none of its tensors:
+    they may be a mapped file."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    restored = {}
     for i, values in state["state"].items():
         p = parameters[i]
-        for name, value in values.items():
+        restored[i] = {name: value.to(p.device, copy=True) for name, value in values.items()}
+        for name, value in restored[i].items():
             if isinstance(p, DTensor) and value.shape == p.shape:
-                values[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-    optimizer.load_state_dict(state)
+                restored[i][name] = distribute_tensor(value, p.device_mesh, p.placements)
+    optimizer.load_state_dict({**state, "state": restored})

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import torch
+
 C = TypeVar("C")
 
 
@@ -191,6 +193,13 @@ def bounded(
 def check_options(cfg: RunConfig) -> None:
     """Refuses what is wrong before anything is loaded. Makes the folder --out if all is well."""
     out = Path(cfg.out)
+    if cfg.fsdp and cfg.cuda_graphs:
+        fail("--fsdp with --cuda-graphs: a graph cannot hold the steps that gather the weights; leave one of them out")
+    # On a GPU the base is in bf16 and the adapters in float32. FSDP2 of torch 2.6 wants one type in each layer; later
+    # versions want it only of what is trained. That change is younger than 2.7, so 2.8 should have it. Tested: 2.13.
+    if cfg.fsdp and cfg.lora_rank and torch.cuda.is_available() and torch.__version__ < "2.8":  # compares as versions
+        fail(f"--fsdp with --lora-rank {cfg.lora_rank}: on a GPU it needs torch 2.8 or later, and this is "
+             f"{torch.__version__}; update torch, or leave out --fsdp")  # fmt: skip
     if cfg.fsdp and "LOCAL_RANK" not in os.environ:
         fail("--fsdp: it splits the model over several processes; start them with torchrun --nproc-per-node N")
     if cfg.eval_only and not cfg.eval_rows:

@@ -280,7 +280,8 @@ class Run(Trainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Sets everything but the model, which is loaded already, and removes what was logged after the checkpoint."""
-        state = torch.load(checkpoint / "state.pt", weights_only=True)  # tensors and numbers, no pickled code
+        # Tensors and numbers, no pickled code. Mapped: the processes of a machine share one copy in memory.
+        state = torch.load(checkpoint / "state.pt", weights_only=True, mmap=True)
         distributed.load_optimizer_state(self.optimizer, state["optimizer"])
         self.start_schedule(state["updates"])
         self.sampling_rng.set_state(state["uniforms"])

@@ -1,18 +1,23 @@
 """Several processes: the same samples and weights as one, data parallel and with FSDP2; and what if one dies."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import METHODS, ROOT, SCRIPTS, call, lines, needs_peft, refused
+import torch
+from helpers import METHODS, ROOT, SCRIPTS, call, error_line, lines, needs_peft, refused
 from safetensors.torch import load_file
+from torch.torch_version import TorchVersion
 
 from harness import distributed
+from harness.options import RunConfig, check_options
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -21,9 +26,12 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Runs every command line it is given, one after the other in the same two processes: starting these takes longer.
 WORKER = """
 import importlib, json, sys
+from datetime import timedelta
 import torch.distributed as dist
 from harness import distributed
 distributed.finish = dist.barrier
+distributed.timedelta = lambda minutes: timedelta(minutes=1)  # so that a test that hangs fails soon
+exec(sys.argv[2])
 for name, *options in json.loads(sys.argv[1]):
     sys.argv = [f"{name}.py", *options]
     importlib.import_module(name).main()
@@ -40,10 +48,10 @@ OWN = {
 }
 
 
-def two_processes(tmp_path, *runs):
-    """Runs command lines (method, options...) in two processes."""
+def two_processes(tmp_path, *runs, before=""):
+    """Runs command lines (method, options...) in two processes. before: Python code that both of them run first."""
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [*TORCHRUN, str(tmp_path / "worker.py"), json.dumps([list(map(str, run)) for run in runs])]
+    command = [*TORCHRUN, str(tmp_path / "worker.py"), json.dumps([list(map(str, run)) for run in runs]), before]
     done = subprocess.run(
         command, env={**ONE_THREAD, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
@@ -122,6 +130,38 @@ def test_sgd_and_adapters_learn_in_two_processes_what_they_learn_in_one(small, t
                 tmp_path / f"{name}-{kind}/completions.jsonl"
             ).read_bytes()
     assert distance(tmp_path / "lora-one", resumed) < 1e-5
+
+
+# What --lora-rank does on a GPU.
+BF16_BASE = """
+import common, torch
+from harness import lora
+common.autocast = lambda device: torch.autocast("cpu", torch.bfloat16)
+lora.base_dtype = lambda device: torch.bfloat16
+"""
+
+
+@needs_peft
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 of this torch wants one type in each layer")
+def test_adapters_of_a_bf16_base_learn_the_same_when_they_are_sharded(small, toy, tmp_path):
+    options = small(*TRAINED["lora"], "--steps", 3, "--n-prompts", 7)
+    runs = [("grpo", *options, "--name", "parallel"), ("grpo", *options, "--name", "fsdp", "--fsdp")]
+    two_processes(tmp_path, *runs, before=BF16_BASE)
+    samples = [(tmp_path / name / "completions.jsonl").read_bytes() for name in ("parallel", "fsdp")]
+    assert samples[0] == samples[1]
+    assert distance(tmp_path / "parallel", tmp_path / "fsdp") < 1e-5
+    trained = final(tmp_path / "fsdp")
+    base = load_file(toy / "model.safetensors")
+    assert max(float((trained[key] - weight.bfloat16()).abs().max()) for key, weight in base.items()) > 0.001
+
+
+def test_a_process_without_a_prompt_learns_what_the_other_one_sampled(small, toy, tmp_path, monkeypatch):
+    options = small("--steps", 3, "--n-prompts", 1, "--group-size", 8, "--lr", 1e-3)
+    call(monkeypatch, "grpo", *options, "--name", "one")
+    two_processes(tmp_path, ("grpo", *options, "--name", "two", "--fsdp"))
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
+    base = load_file(toy / "model.safetensors")
+    assert max(float((final(tmp_path / "two")[key] - weight).abs().max()) for key, weight in base.items()) > 0.001
 
 
 def base_weights(options):
@@ -218,6 +258,27 @@ def test_fsdp_without_torchrun_is_refused(small, tmp_path, monkeypatch, capsys):
     assert "torchrun" in refused(monkeypatch, capsys, tmp_path, *small("--fsdp"))
 
 
+def test_fsdp_with_cuda_graphs_is_refused(small, tmp_path, monkeypatch, capsys):
+    message = refused(monkeypatch, capsys, tmp_path, *small("--fsdp", "--cuda-graphs"))
+    assert "--fsdp" in message and "--cuda-graphs" in message
+
+
+def test_fsdp_with_adapters_on_a_gpu_needs_a_torch_that_can_do_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)  # peft
+    sharded = RunConfig(fsdp=True, lora_rank=4, out=str(tmp_path))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1+cu126"))
+    check_options(sharded)  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_options(replace(sharded, fsdp=False))
+    with pytest.raises(SystemExit) as stop:
+        check_options(sharded)
+    message = error_line(capsys)
+    assert stop.value.code == 2 and "--fsdp with --lora-rank 4" in message and "2.7.1" in message
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cu128"))
+    check_options(sharded)
+
+
 # --- how the work is split --------------------------------------------------------------------------------------------
 
 
@@ -229,3 +290,21 @@ def test_shares_of_the_prompts_follow_each_other_and_leave_none_out(n, monkeypat
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         taken += range(n)[distributed.my_slice(n)]
     assert taken == list(range(n))
+
+
+# --- a checkpoint -----------------------------------------------------------------------------------------------------
+
+
+def test_a_restored_optimizer_keeps_no_tensor_of_the_checkpoint(tmp_path):
+    """A checkpoint is deleted when there is a newer one: nothing may still be mapped to its file."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    trained = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(3)
+    trained.step()
+    torch.save(distributed.full_optimizer_state(trained), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
+    stored = dict(state["state"][0])
+    resumed = torch.optim.AdamW([weight], fused=True)
+    distributed.load_optimizer_state(resumed, state)
+    for name, value in resumed.state[weight].items():
+        assert torch.equal(value, stored[name]) and value.data_ptr() != stored[name].data_ptr()
