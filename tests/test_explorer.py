@@ -143,11 +143,13 @@ def test_the_page_gives_the_scripts_numbers_for_random_batches_and_options(javas
     code = f"""return data.map(c => {method}.token_advantages(
         c.rewards, c.entropy, c.mask, c.group, ...Object.values(c.settings)));"""
     for case, ours in zip(cases, javascript(code, cases), strict=True):
-        # JavaScript has float64 alone. EGSW's weights are float32 in Python.
-        rewards, entropy, mask, group = tensors(case, torch.float32 if method == "egsw" else torch.float64)
+        # JavaScript has float64 alone. EGSW and GTPO compute in float32, and GTPO divides by what may be a small std.
+        rewards, entropy, mask, group = tensors(case, torch.float32 if method in ("egsw", "gtpo") else torch.float64)
+        tolerance = 1e-4 if method == "gtpo" else 1e-5
         expected = SCRIPTS[method].token_advantages(rewards, entropy, mask, group, **case["settings"])
         ours = torch.tensor(ours, dtype=expected.dtype)
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5, msg=lambda m, c=case: f"{c['settings']}: {m}")
+        closeness = dict(atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(ours, expected, **closeness, msg=lambda m, c=case: f"{c['settings']}: {m}")
 
 
 @pytest.mark.parametrize("method", METHODS)
