@@ -15,7 +15,7 @@ instead, so every token keeps one. sg: no gradient flows through it.
 It uses no entropy. It stands here as the contrast to the clips of the other methods. With one update per rollout w is
 1, and the gradient is that of GRPO with the mean over tokens.
 
-Deviations from the paper, and where other codes differ:
+Deviations from the paper, and where other implementations differ:
  1. The weight has no lower bound. The paper's formula has one, but its runs set it so low that it never acts.
  2. The weight is at most 5 (--clip-high 4). The paper tunes this bound and does not name it; 5 is what TRL recommends,
     after ScaleRL (arXiv 2510.13786). TRL's epsilon_high is the bound itself, 1 + clip_high. verl has a lower bound too,

@@ -19,7 +19,7 @@ up most of it. These are kept from moving as far as the others.
 A log-prob is at most 0, so it can be far below the mean but not far above it. A high covariance therefore belongs to
 an unlikely token of a wrong completion: pushed down, it would become even less likely.
 
-Deviations from the paper, and where other codes differ:
+Deviations from the paper, and where other implementations differ:
  1. The tokens are chosen once per step, among all of its tokens, before the first update. So log pi_old stands where
     the paper has log pi; these are equal then. verl and the paper's code choose anew in each micro-batch, with the
     policy as it is then. Their Clip-Cov passes over tokens that the ratio clip has stopped; here there are none yet.

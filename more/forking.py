@@ -13,7 +13,7 @@ step's tokens with the highest entropy H gets a gradient. The loss is DAPO's:
 
 The sum over |o_i| counts all tokens, those without a gradient too. m_it is 0 or 1, so it can multiply the advantage.
 
-Deviations from the paper, and where other codes differ:
+Deviations from the paper, and where other implementations differ:
  1. tau is that of the whole step, before its first update, with the entropy of the policy that sampled. TRL's
     top_entropy_quantile takes it anew in each micro-batch, from the policy as it is then.
  2. Groups that are all right or all wrong are not replaced by new prompts (DAPO's dynamic sampling). Their tokens are
