@@ -31,7 +31,8 @@ TESTS = {  # what is run after a change in this file
 for name in ("grpo", "dapo", "egsw", "gtpo", "grpo_s"):
     TESTS[f"{name}.py"] = ["test_methods.py", "test_main.py", "-k", f"{name} or test_methods"]
 for name in ("forking", "cov", "entropy_advantage", "quantile", "cispo"):
-    TESTS[f"more/{name}.py"] = ["test_more.py", "test_methods.py", "test_main.py", "-m", "not slow", "-k", name]
+    files = ["test_more.py", "test_methods.py", "test_main.py"]
+    TESTS[f"more/{name}.py"] = [*files, "-m", "not slow", "-k", f"{name} or test_more"]
 
 
 @dataclass

@@ -184,6 +184,15 @@ def test_the_choice_is_decided_by_the_seed_alone(small, tmp_path, monkeypatch):
     assert a != c
 
 
+def test_a_resumed_run_makes_the_same_choices(small, tmp_path, monkeypatch):
+    options = ("--share", 0.2, "--lower", 0.0, "--minibatches", 2)
+    call(monkeypatch, "cov", *small("--name", "whole", *options))
+    call(monkeypatch, "cov", *small("--name", "halves", "--steps", 1, *options))
+    call(monkeypatch, "cov", "--resume", str(tmp_path / "halves"), "--steps", "2")
+    metrics = [lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "halves")]
+    assert metrics[0] == metrics[1] and metrics[0][1]["chosen"] > 0
+
+
 # --- CISPO ------------------------------------------------------------------------------------------------------------
 
 
