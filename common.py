@@ -367,7 +367,7 @@ def token_logprobs(
     logprobs, entropy = HeadLogprobs.apply(
         hidden, head.weight, bias, completion_ids[row, t], *head_factors(model), temperature, with_entropy
     )
-    zeros = torch.zeros_like(mask)
+    zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs = zeros.index_put((row, t), logprobs)
     return logprobs, None if entropy is None else zeros.index_put((row, t), entropy)
 
@@ -393,7 +393,7 @@ def loss_weights(mask: Tensor, reduction: str) -> Tensor:
 
 def clip_fractions(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> dict[str, Tensor]:
     """1.0 where the clip stops the gradient, because the ratio has passed its bound: upward with a positive advantage,
-    downward with a negative one. ratio [b, T] or [b, 1]; advantages [b] or [b, T] -> two like ratio, by metric."""
+    downward with a negative one. ratio [b, T] or [b, 1]; advantages [b] or [b, T] -> two of the wider shape."""
     advantages = advantages if advantages.dim() == 2 else advantages[:, None]
     cut_low = (ratio < 1 - clip_low) & (advantages < 0)
     cut_high = (ratio > 1 + clip_high) & (advantages > 0)

@@ -53,7 +53,7 @@ class Config(RunConfig):
 
 
 def overlong_punishment(lengths: Tensor, max_length: int, cache: float) -> Tensor:
-    """What is added to the reward (Eq. 13). lengths [B], max_length, cache (0: none), all in tokens -> [B], 0 to -1."""
+    """What is added to the reward (Eq. 13). lengths [B], max_length, cache, all in tokens -> [B], 0 to -1."""
     return ((max_length - cache - lengths) / max(cache, 1e-9)).clamp(-1, 0)
 
 

@@ -91,12 +91,13 @@ def weights(
 ) -> Tensor:  # fmt: skip
     """EGSW's weights: [B, T], 0 where mask is 0. Multiply the loss of each token by them; they carry no gradient.
 
-    advantages: [B] or [B, T]; entropy (nats), mask: [B, T]; group: [B]. ValueError unless temperature is above 0.
+    advantages: [B] or [B, T]; entropy (nats), mask: [B, T]; group: [B]. ValueError unless temperature is above 0
+    and finite.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    score = (A + alpha * entropy).detach().float()  # [B, T]
+    score = torch.where(mask > 0, A + alpha * entropy, 0.0).detach().float()  # [B, T] padding may hold NaN
     if not step_wise:  # a row has one score: the mean over its tokens
         score = ((score * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).float()  # [B, 1]
     competing = mask > 0 if step_wise else torch.ones_like(mask, dtype=torch.bool)  # [B, T] who is in each softmax

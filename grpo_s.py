@@ -51,9 +51,10 @@ def shaped_rewards(
 ) -> Tensor:  # fmt: skip
     """The shaped reward of every completion (Eq. 6). rewards, group: [B]; entropy (nats), mask: [B, T] -> [B].
 
-    A completion without a token has no entropy: it gets beta1 or -beta1 alone, and is in no mean. KeyError for another
-    mean than arithmetic and geometric.
+    A completion without a token has no entropy: it gets beta1 r or -beta1 alone, and is in no mean. No gradient flows
+    through the entropy. KeyError for another mean than arithmetic and geometric.
     """
+    entropy = torch.where(mask > 0, entropy.detach(), 1.0)  # padding may hold NaN
     n_tokens = mask.sum(1)
     arithmetic = ((entropy * mask).sum(1) / n_tokens.clamp(min=1)).clamp(min=entropy_min)
     geometric = ((entropy.clamp(min=entropy_min).log() * mask).sum(1) / n_tokens.clamp(min=1)).exp()

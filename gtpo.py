@@ -81,14 +81,15 @@ def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: 
         measured = rows & right if fraction_right >= gamma else rows
         length = lengths[measured].float()
         L = torch.max((length.min() + length.max()) / 2, length.mean())
-        result[punished] = -0.5 * ((lengths[punished] - L) / L).clamp(0, 1).float()
+        result[punished] = -0.5 * ((lengths[punished] - L) / L.clamp(min=1)).clamp(0, 1).float()
     return result
 
 
-def comparison_sets(rewards: Tensor, group: Tensor, scope: str) -> list[Tensor]:
-    """The sets of rows that are compared, each bool [B]. Scope "group": one set per group that has both outcomes. Scope
-    "batch": one set of all these groups. KeyError for another scope."""
-    groups = [group == g for g in group.unique()]
+def comparison_sets(rewards: Tensor, mask: Tensor, group: Tensor, scope: str) -> list[Tensor]:
+    """The sets of rows that are compared, each bool [B]. Scope "group": one set per group whose tokens have both
+    outcomes. Scope "batch": one set of all these groups. Rows without a token are in none. KeyError for another scope.
+    """
+    groups = [(group == g) & (mask.sum(1) > 0) for g in group.unique()]
     mixed = [rows for rows in groups if 0 < (rewards[rows] > 0.5).sum() < rows.sum()]
     together = [torch.stack(mixed).any(0)] if mixed else []
     return {"group": mixed, "batch": together}[scope]
@@ -111,16 +112,17 @@ def shaped_rewards(
     entropy_min: float = 1e-3, entropy_max: float = 1e3, punishment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """r+ (Eq. 2) and r- (Eq. 3) of every token: two [B, T], 0 for the other outcome, padding and one-outcome groups.
+    No gradient flows through the entropy.
 
     rewards, group, punishment: [B]; entropy (nats), mask: [B, T].
     """
     rewards = rewards.float()
     mask = mask.float()
-    H = entropy.float().clamp(entropy_min, entropy_max)
+    H = torch.where(mask > 0, entropy.detach().float(), 1.0).clamp(entropy_min, entropy_max)  # padding may hold NaN
     punishment = torch.zeros_like(rewards) if punishment is None else punishment
     reward_plus = torch.zeros_like(mask)
     reward_minus = torch.zeros_like(mask)
-    for rows in comparison_sets(rewards, group, scope):
+    for rows in comparison_sets(rewards, mask, group, scope):
         right = rows & (rewards > 0.5)
         bonus = over_mean(H[right], mask[right], compare, mean)
         reward_plus[right] = alpha1 * (rewards + punishment)[right, None] + alpha2 * bonus  # (2)
@@ -141,7 +143,7 @@ def advantages(
     the set, "own" over those of the outcome alone; KeyError for another word. Groups with one outcome get exactly 0.
     """
     result = torch.zeros_like(reward_plus)
-    for rows in comparison_sets(rewards, group, scope):
+    for rows in comparison_sets(rewards, mask, group, scope):
         for outcome, shaped in ((rewards > 0.5, reward_plus), (rewards <= 0.5, reward_minus)):
             pool = {"all": rows, "own": rows & outcome}[normalize]
             R = shaped[pool][mask[pool] > 0]  # [tokens of the pool]

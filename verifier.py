@@ -3,8 +3,9 @@ r"""Math reward: does a completion state an answer that equals the reference ans
     >>> grade(r"14-1=13;13+8=21#### 21", "21"), grade(r"so it is \boxed{\frac{2}{4}}", r"\frac12")
     ((1.0, 'correct'), (1.0, 'correct'))
 
-This file stands alone, so you can copy it. Numbers and words need only the standard library. All other mathematics
-needs math-verify. The file is in the order in which data flows:
+This file stands alone, so you can copy it. Copy the whole file, because its worker runs it: pasted into another file it
+does not work. Numbers and words need only the standard library. All other mathematics needs math-verify. The file is in
+the order in which data flows:
 
 1. Extraction finds the stated answer: the last \boxed{}, `#### x` or "answer is x", or the last number in the text.
 2. Comparison decides about words and about plain numbers. Numbers are exact fractions, and there is no tolerance. Text
@@ -468,7 +469,7 @@ def _refuse(text: str) -> bool:
     """Return whether to keep a text from math-verify: it is empty, is prose, or can stand for something huge."""
     empty = not re.search(r"\w", text)
     deep = len(re.findall(r"[({\[]", text)) > 60
-    prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", text)) > 4  # "\sqrt" is not a word
+    prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 2  # "\sqrt" is not a word
     side_by_side = re.search(r"(?<![_^\d])\d+\s+\d", text)  # math-verify would read "2 3" as a product
     flat = re.sub(r"[\s{}()\[\]]", "", text.replace("}{", "/"))
     huge = re.search(r"\d\^-?\d+\^|\^-?\d{5,}|\d{200}|\d{4}!|!!|\^-?\d+!", flat)  # "9^9^9", "9^99999", "1000!", "9!!"

@@ -108,7 +108,7 @@ def chosen_tokens(
         candidates = candidates & (cov > lower) & (cov < upper)
     score = torch.where(candidates, {"clip": uniforms, "kl": cov}[kind], -torch.inf)
     highest_first = score.flatten().sort(descending=True, stable=True).indices
-    chosen = torch.zeros_like(candidates)
+    chosen = torch.zeros(candidates.shape, dtype=torch.bool, device=candidates.device)
     chosen.view(-1)[highest_first[: max(1, int(share * n_tokens))]] = True
     return chosen & candidates
 
@@ -125,7 +125,7 @@ def loss(
     if kind == "clip":
         objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A) * ~chosen
     else:
-        objective = ratio * A - penalty * ratio.log().abs() * chosen
+        objective = ratio * A - penalty * torch.where(chosen, ratio, 1.0).log().abs()
     return -objective * mask
 
 

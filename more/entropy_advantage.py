@@ -77,7 +77,8 @@ def token_advantages(
     rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config. Carries no gradient.
     """
     A = advantages(rewards, group, advantage)[:, None]  # [B, 1]
-    return (A + torch.min(alpha * entropy.detach(), A.abs() / kappa)) * mask
+    shaped = A + torch.min(alpha * entropy.detach(), A.abs() / kappa)  # [B, T]
+    return torch.where(mask > 0, shaped, 0.0)  # padding may hold NaN
 
 
 def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:

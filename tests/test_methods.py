@@ -262,7 +262,7 @@ def test_gtpo_without_shaping_is_grpo_on_the_token_level(scope):
     for alpha2, H in ((0.0, entropy), (0.1, torch.full_like(entropy, 0.4))):  # no shaping, or nothing to shape by
         shaped = gtpo.shaped_rewards(rewards, H, mask, group, alpha2=alpha2, scope=scope)
         A = gtpo.advantages(*shaped, rewards, mask, group, scope)
-        for rows in gtpo.comparison_sets(rewards, group, scope):
+        for rows in gtpo.comparison_sets(rewards, mask, group, scope):
             p = float(mask[rows & (rewards == 1)].sum() / mask[rows].sum())
             expected = torch.where(rewards == 1, math.sqrt((1 - p) / p), -math.sqrt(p / (1 - p)))[:, None] * mask
             torch.testing.assert_close(A[rows], expected[rows], atol=1e-4, rtol=1e-4)
@@ -482,6 +482,44 @@ def test_on_policy_gradient_is_the_plain_policy_gradient(name):
     torch.testing.assert_close(new.grad, expected)
     value = expected * old if name == "cispo" else expected
     torch.testing.assert_close(loss.detach(), value.sum())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_entropy_at_padding_never_matters(name, value):
+    rewards, group, mask, entropy = batch()
+    optional = {"egsw": [{}, dict(step_wise=False)], "grpo_s": [{}, dict(mean="geometric")],
+                "gtpo": [dict(compare=compare) for compare in ("column", "row", "matrix")]}  # fmt: skip
+    for options in optional.get(name, [{}]):
+        expected = token_advantages(name, rewards, entropy, mask, group, **options)
+        A = token_advantages(name, rewards, torch.where(mask > 0, entropy, value), mask, group, **options)
+        assert torch.equal(A, expected) and A.isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_gradient_flows_through_the_entropy(name):
+    rewards, group, mask, entropy = batch()
+    assert not token_advantages(name, rewards, entropy.requires_grad_(), mask, group).requires_grad
+
+
+@pytest.mark.parametrize("scope", ["group", "batch"])
+@pytest.mark.parametrize("normalize", ["all", "own"])
+def test_gtpo_compares_only_rows_with_tokens(scope, normalize):
+    """A group whose only right row, or all of whose wrong rows, have no token gives nothing; nor does an empty mask."""
+    rewards = torch.tensor([1.0, 0, 0, 0])
+    _, _, _, entropy = batch(groups=1)
+    for emptied in ([0], [1, 2, 3], [0, 1, 2, 3]):
+        mask = torch.ones_like(entropy)
+        mask[emptied] = 0.0
+        A = gtpo.token_advantages(rewards, entropy, mask, torch.zeros(4), scope=scope, normalize=normalize)
+        assert (A == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_egsw_refuses_a_temperature_that_gives_no_weights(temperature):
+    rewards, group, mask, entropy = batch()
+    with pytest.raises(ValueError, match="temperature"):
+        egsw.weights(rewards, entropy, mask, group, temperature=temperature)
 
 
 @pytest.mark.parametrize("name", METHODS)

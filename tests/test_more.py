@@ -173,6 +173,20 @@ def test_kl_covs_penalty_has_no_gradient_before_the_policy_moves():
     torch.testing.assert_close(new.grad, expected)
 
 
+def test_kl_cov_is_finite_where_the_ratio_is_zero_at_padding():
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    ratio = mask.clone().requires_grad_()
+    per_token = cov.loss(ratio, torch.tensor([1.0]), mask, mask > 2, "kl")
+    per_token.sum().backward()
+    assert per_token.isfinite().all() and ratio.grad.isfinite().all()
+
+
+def test_tokens_are_chosen_from_transposed_tensors_too():
+    A, logprobs = torch.randn(5, 4), -torch.rand(5, 4)
+    chosen = cov.chosen_tokens(A.T, logprobs.T, A.T, "kl", share=0.2)
+    assert torch.equal(chosen, cov.chosen_tokens(A.T.contiguous(), logprobs.T.contiguous(), A.T, "kl", share=0.2))
+
+
 def test_the_choice_is_decided_by_the_seed_alone(small, tmp_path, monkeypatch):
     """Not by how the step is cut into micro-batches, either; tests/test_distributed.py has two processes."""
     options = ("--share", 0.2, "--lower", 0.0, "--minibatches", 2)
