@@ -168,7 +168,7 @@ def without_overlap(cfg: RunConfig, train: list[dict], eval_problems: list[dict]
     if len(kept) < len(train):
         print(f"--dataset: {len(train) - len(kept)} rows dropped, because their questions are also evaluated on")
     if not kept:
-        fail(f"--dataset {cfg.dataset}: no rows are left to train on beside --eval-rows {cfg.eval_rows}")
+        fail(f"--dataset {cfg.dataset}: no rows are left to train on beside --eval-rows {cfg.eval_rows}; give fewer")
     return kept
 
 
@@ -193,6 +193,8 @@ def open_dataset(flag: str, name: str, config: str | None, split: str):
             if is_blank(path):
                 fail(f"{flag}: the file is empty")
             return datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
+        if path.suffix in formats and not path.exists():
+            fail(f"{flag}: there is no file {name}")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(name)
             return saved.get(split) if isinstance(saved, datasets.DatasetDict) else saved
@@ -228,6 +230,10 @@ def read_columns(
         fail(f"{flag}: name one of its columns ({', '.join(columns)}) with --question-column")
     if answer_column not in columns and (with_answer or answer_column):
         fail(f"{flag}: name one of its columns ({', '.join(columns)}) with --answer-column")
+    try:
+        rows = list(rows)
+    except Exception as error:  # of any class, for example a UnicodeDecodeError
+        fail(f"{flag}: a row cannot be read: {first_line(error)}; save the file as UTF-8")
     problems = []
     for number, row in enumerate(rows, 1):
         question = row[question_column]
@@ -239,6 +245,8 @@ def read_columns(
             answer = answer.get("ground_truth")
         if answer is None and with_answer:
             fail(f"{flag}, line {number}: no answer in its column")
+        if with_answer and isinstance(answer, list | bool):
+            fail(f"{flag}, line {number}: the answer is a {type(answer).__name__}; give text or a number")
         if question is None or not str(question).strip():
             fail(f"{flag}, line {number}: no question in its column")
         problems.append({"question": str(question), "answer": "" if answer is None else str(answer), "row": row})

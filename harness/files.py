@@ -61,7 +61,8 @@ def new_folder(out: Path, name: str | None) -> Path:
 
 def last_checkpoint(folder: Path) -> Path:
     """The checkpoint of the latest step. It is always a whole one, because write_folder has renamed it into place."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    checkpoints = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     if not checkpoints:
         fail(f"--resume {folder}: there is no checkpoint in it")
     return checkpoints[-1]

@@ -66,7 +66,7 @@ class RunConfig:
     n_prompts: int = option(32, "Q, prompts per step", at_least=1)
     group_size: int = option(8, "G, completions per prompt", at_least=2)
     max_new_tokens: int = option(None, "longest completion; if not given: 64 for arithmetic, else 512", at_least=1)
-    temperature: float = option(1.0, "of sampling, and so of every log-prob and entropy", above=0)
+    temperature: float = option(1.0, "of sampling, and so of every log-prob and entropy", at_least=1e-3)
     cuda_graphs: bool = option(False, "sample with fixed shapes and CUDA graphs")
     rollout_rows: int = option(1024, "completions sampled at a time; changes memory, not results", at_least=1)
 
@@ -217,7 +217,8 @@ def check_options(cfg: RunConfig) -> None:
         if not os.access(out, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:  # also if the name is too long
-        fail(f"--out {out}, --name {cfg.name}: {error.strerror or error}")
+        name = f", --name {cfg.name}" if cfg.name else ""
+        fail(f"--out {out}{name}: {error.strerror or error}; give a folder that can be written to")
 
 
 def resolve_defaults(cfg: RunConfig, n_parameters: int, on_gpu: bool) -> None:

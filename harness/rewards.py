@@ -17,6 +17,7 @@ import verifier
 from harness.options import fail
 
 MAX_SHOWN = 300  # characters of a completion in an error message
+MAX_REWARD = 3e38  # the largest float32 is 3.4e38
 
 
 class RewardError(Exception):
@@ -51,7 +52,7 @@ def load_function(reward: str) -> Callable[[str, dict], float]:
     sys.path.append(str(path.resolve().parent))  # the file may import others that stand beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         fail(f"--reward {reward}: importing {file} raised {describe(error)}", details=traceback.format_exc())
     function = getattr(module, name, None)
     if not callable(function):
@@ -64,18 +65,18 @@ def call(reward: str, function: Callable[[str, dict], float], completion: str, r
     given = f"It was given the completion {completion[:MAX_SHOWN]!r}" + ("..." if len(completion) > MAX_SHOWN else "")
     try:
         value = function(completion, dict(row))  # a copy: what the function changes in it is gone at the next call
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = f"--reward {reward}: the function raised {describe(error)}. {given}"
         raise RewardError(message, traceback.format_exc()) from None
     try:
         number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= MAX_REWARD:  # also if it is NaN
         raise RewardError(f"--reward {reward}: the function returned {value!r}, which is no finite number. {given}", "")
     return number
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Class and message of an error, such as "KeyError: 'target'"."""
     return "".join(traceback.format_exception_only(error)).strip()

@@ -32,7 +32,7 @@ import torch
 
 from common import Rollout
 from harness import data, distributed, evaluation, files, health, lora, memory, reporting, rewards, stop, tiny
-from harness.options import RunConfig, check_options, resolve_defaults
+from harness.options import RunConfig, check_options, fail, resolve_defaults
 from harness.policy import load_policy
 from harness.trainer import Trainer
 
@@ -45,21 +45,20 @@ class Run(Trainer):
     def __init__(self, cfg: RunConfig):
         device = distributed.start()
         self.is_main = distributed.rank() == 0
-        rewards.load(cfg.reward)  # fails if it cannot be used, before anything is loaded or written
-        check_options(cfg)
-        checkpoint = files.last_checkpoint(Path(cfg.resume)) if cfg.resume else None
-
         torch.manual_seed(cfg.seed)
         try:  # signals are not caught yet, and loading may take minutes: Ctrl-C ends it without a traceback
+            rewards.load(cfg.reward)  # fails if it cannot be used, before anything is loaded or written
+            check_options(cfg)
+            checkpoint = files.last_checkpoint(Path(cfg.resume)) if cfg.resume else None
             problems, eval_problems = data.load_problems(cfg)
             with distributed.main_first():
                 source = cfg.model or str(tiny.base(Path(cfg.out) / "tiny-base"))
             model, tokenizer = load_policy(cfg, source, device, checkpoint)
+            resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
+            problems = data.encode(cfg, model, tokenizer, problems)
+            self.eval_problems = data.encode(cfg, model, tokenizer, eval_problems)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
-        problems = data.encode(cfg, model, tokenizer, problems)
-        self.eval_problems = data.encode(cfg, model, tokenizer, eval_problems)
         memory.check_memory(cfg, model, max(len(problem["prompt_ids"]) for problem in problems))
         super().__init__(cfg, model, tokenizer, problems, source)
 
@@ -281,7 +280,10 @@ class Run(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Sets everything but the model, which is loaded already, and removes what was logged after the checkpoint."""
         # Tensors and numbers, no pickled code. Mapped: the processes of a machine share one copy in memory.
-        state = torch.load(checkpoint / "state.pt", weights_only=True, mmap=True)
+        try:
+            state = torch.load(checkpoint / "state.pt", weights_only=True, mmap=True)
+        except Exception as error:  # of any class: the file may be missing or damaged
+            fail(f"--resume {self.folder}: {checkpoint.name}/state.pt cannot be read: {data.first_line(error)}")
         distributed.load_optimizer_state(self.optimizer, state["optimizer"])
         self.start_schedule(state["updates"])
         self.sampling_rng.set_state(state["uniforms"])

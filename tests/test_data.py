@@ -162,6 +162,27 @@ def test_an_empty_file_is_refused_as_empty(content, name, tmp_path, capsys):
         assert stop.value.code == 2 and "empty" in error_line(capsys)
 
 
+@pytest.mark.parametrize("content, told", [
+    (b'{"question": "caf\xe9?", "answer": "1"}\n', "UTF-8"),
+    (b'{"question": "1+2?", "answer": ["3"]}\n', "the answer is a list"),
+    (b'{"question": "1+2?", "answer": true}\n', "the answer is a bool"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(content, told, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        data.load_problems(RunConfig(dataset=str(path), eval_rows=0))
+    assert stop.value.code == 2 and told in error_line(capsys)
+
+
+def test_a_misspelt_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: pytest.fail("asked the hub"))
+    with pytest.raises(SystemExit):
+        data.load_problems(RunConfig(dataset=str(tmp_path / "nope.jsonl"), eval_rows=0))
+    assert "there is no file" in error_line(capsys)
+
+
 def test_overlong_prompts_are_dropped_and_counted(capsys):
     tokenizer, model = tiny.new_tokenizer(), tiny.new_model(tiny.new_tokenizer(), 0)
     rows = [{"question": "1+2?", "answer": "3"}, {"question": "1+2+3+4+5+6?", "answer": "21"}]

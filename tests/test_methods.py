@@ -216,12 +216,6 @@ def test_egsw_token_advantages_are_weighted_advantages():
     torch.testing.assert_close(egsw.token_advantages(rewards, entropy, mask, group, **options), expected)
 
 
-def test_egsw_refuses_a_temperature_of_zero():
-    rewards, group, mask, entropy = batch()
-    with pytest.raises(ValueError, match="temperature"):
-        egsw.weights(rewards, entropy, mask, group, temperature=0.0)
-
-
 # --- GTPO -------------------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,20 @@ def test_a_run_of_adamw_does_not_go_on_with_sgd(small, tmp_path, monkeypatch, ca
     call(monkeypatch, "grpo", *resume, "--optimizer", "adamw")
 
 
+def test_a_damaged_checkpoint_is_refused_in_one_line(small, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 1))
+    (tmp_path / "r" / "checkpoint-old").mkdir()  # a user's own copy is no checkpoint
+    state = tmp_path / "r" / "checkpoint-1" / "state.pt"
+    whole = state.read_bytes()
+    capsys.readouterr()
+    resume = ("--resume", str(tmp_path / "r"), "--steps", "2")
+    for damage in (lambda: state.write_bytes(whole[:100]), state.unlink):
+        damage()
+        assert "checkpoint-1/state.pt" in refused(monkeypatch, capsys, tmp_path, *resume, name="grpo")
+    state.write_bytes(whole)
+    call(monkeypatch, "grpo", *resume)
+
+
 def test_a_run_goes_on_at_the_learning_rate_that_is_given(small, tmp_path, monkeypatch):
     call(monkeypatch, "grpo", *small("--name", "r", "--steps", 2, "--lr", 1e-3, "--warmup-steps", 4))
     call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"), "--steps", "4", "--lr", "1e-4")

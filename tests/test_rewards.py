@@ -38,6 +38,15 @@ def text(completion, row):
 def nothing(completion, row):
     pass
 
+def leaves(completion, row):
+    raise SystemExit(0)
+
+def too_large(completion, row):
+    return 1e39
+
+def huge(completion, row):
+    return 10**400
+
 constant = 3
 """
 
@@ -113,7 +122,8 @@ def test_a_file_that_cannot_be_imported_is_refused_with_its_traceback(small, own
 
 @pytest.mark.parametrize("function, told", [
     ("raises", "KeyError: 'nothing'"), ("nan", "returned nan"), ("text", "returned '1.0'"),
-    ("nothing", "returned None"),
+    ("nothing", "returned None"), ("leaves", "SystemExit: 0"), ("too_large", "returned 1e+39"),
+    ("huge", "returned 1000"),
 ])  # fmt: skip
 def test_a_function_that_fails_ends_the_run_with_one_line(function, told, small, own, tmp_path, monkeypatch, capsys):
     call(
@@ -136,7 +146,7 @@ def test_a_function_that_fails_ends_the_run_with_one_line(function, told, small,
     assert stop.value.code == 2
     assert f"mine.py:{function}" in first and told in first and "given the completion '" in first
     assert f"--resume {tmp_path / 'r'}" in first
-    assert ("in raises" in "".join(below)) == (function == "raises")  # the traceback of the user's code
+    assert (f"in {function}" in "".join(below)) == (function in ("raises", "leaves"))  # the user's code
     # Nothing is lost that was saved.
     assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
     assert (tmp_path / "r" / "checkpoint-2" / "state.pt").exists()
