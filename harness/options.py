@@ -209,7 +209,7 @@ def check_options(cfg: RunConfig) -> None:
     if cfg.lora_rank and not importlib.util.find_spec("peft"):
         fail(f"--lora-rank {cfg.lora_rank}: it needs the package peft, which is not installed (pip install peft)")
     if cfg.track != "none" and not importlib.util.find_spec(cfg.track):
-        fail(f"--track {cfg.track}: the package {cfg.track} is not installed")
+        fail(f"--track {cfg.track}: it needs the package {cfg.track}, which is not installed (pip install {cfg.track})")
     try:
         if cfg.name and not cfg.resume and (out / cfg.name).exists():
             fail(f"--name {cfg.name}: {out / cfg.name} exists already; choose another, or --resume it")
