@@ -71,7 +71,8 @@ def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: 
     lengths: of the right completions if the fraction is gamma or more, else of the whole group.
     """
     right = rewards > 0.5
-    result = torch.zeros_like(rewards, dtype=torch.float32)
+    lengths = lengths.float()
+    result = torch.zeros_like(lengths)
     for g in group.unique():
         rows = group == g
         fraction_right = right[rows].float().mean()
@@ -79,9 +80,9 @@ def overlong_punishment(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: 
             continue
         punished = rows & right if fraction_right > 0.5 else rows & ~right
         measured = rows & right if fraction_right >= gamma else rows
-        length = lengths[measured].float()
+        length = lengths[measured]
         L = torch.max((length.min() + length.max()) / 2, length.mean())
-        result[punished] = -0.5 * ((lengths[punished] - L) / L.clamp(min=1)).clamp(0, 1).float()
+        result[punished] = -0.5 * ((lengths[punished] - L) / L.clamp(min=1)).clamp(0, 1)
     return result
 
 
@@ -89,7 +90,8 @@ def comparison_sets(rewards: Tensor, mask: Tensor, group: Tensor, scope: str) ->
     """The sets of rows that are compared, each bool [B]. Scope "group": one set per group whose tokens have both
     outcomes. Scope "batch": one set of all these groups. Rows without a token are in none. KeyError for another scope.
     """
-    groups = [(group == g) & (mask.sum(1) > 0) for g in group.unique()]
+    has_tokens = (mask > 0).any(1)
+    groups = [(group == g) & has_tokens for g in group.unique()]
     mixed = [rows for rows in groups if 0 < (rewards[rows] > 0.5).sum() < rows.sum()]
     together = [torch.stack(mixed).any(0)] if mixed else []
     return {"group": mixed, "batch": together}[scope]
@@ -161,9 +163,7 @@ def token_advantages(
 
     rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config.
     """
-    punishment = None
-    if overlong_gamma is not None:
-        punishment = overlong_punishment(rewards, mask.sum(1), group, overlong_gamma)  # [B]
+    punishment = overlong_punishment(rewards, mask.sum(1), group, overlong_gamma) if overlong_gamma else None  # [B]
     reward_plus, reward_minus = shaped_rewards(
         rewards, entropy, mask, group, alpha1, alpha2, compare, mean, scope, entropy_min, entropy_max, punishment
     )  # [B, T]
