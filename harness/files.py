@@ -59,13 +59,22 @@ def new_folder(out: Path, name: str | None) -> Path:
             number += 1
 
 
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run folder, by step. Each is a whole one, because write_folder has renamed it into place."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit():  # otherwise it is the user's own, such as a copy named checkpoint-old
+            found[int(step)] = path
+    return found
+
+
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the latest step. It is always a whole one, because write_folder has renamed it into place."""
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    checkpoints = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
-    if not checkpoints:
+    """The checkpoint of the latest step."""
+    found = checkpoints(folder)
+    if not found:
         fail(f"--resume {folder}: there is no checkpoint in it")
-    return checkpoints[-1]
+    return found[max(found)]
 
 
 def cut_back(folder: Path, step: int) -> None:

@@ -245,7 +245,7 @@ class Run(Trainer):
         write = self.write_adapters if self.cfg.lora_rank else self.write_model
         write(checkpoint, lambda folder: torch.save(state, folder / "state.pt"))
         if self.is_main:
-            for other in self.folder.glob("checkpoint-*"):
+            for other in files.checkpoints(self.folder).values():
                 if other != checkpoint:
                     shutil.rmtree(other)
 

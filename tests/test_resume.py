@@ -88,6 +88,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(small, tmp_path, monkeypatc
         assert "checkpoint-1/state.pt" in refused(monkeypatch, capsys, tmp_path, *resume, name="grpo")
     state.write_bytes(whole)
     call(monkeypatch, "grpo", *resume)
+    left = sorted(path.name for path in (tmp_path / "r").glob("checkpoint-*"))
+    assert left == ["checkpoint-2", "checkpoint-old"]
 
 
 def test_a_run_goes_on_at_the_learning_rate_that_is_given(small, tmp_path, monkeypatch):
