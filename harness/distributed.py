@@ -172,9 +172,9 @@ def unsharded(model) -> Iterator[None]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     yield
-    # A backward pass gathers weights in advance: those of what ran before. A rollout has run the layers, but not in a
-    # process without prompts. It would gather other weights than the rest, and all would wait for ever. So the model
-    # itself runs last, in every process.
+    # A backward pass gathers weights in advance, and which ones depends on what ran last. In a process without prompts,
+    # the rollout has run no layer. It would gather other weights than the other processes, and all would wait for ever.
+    # So every process runs the model itself last.
     model.run_as_forward(lambda _: None)
     for part in parts:
         part.set_reshard_after_forward(part is not model, recurse=False)
@@ -216,11 +216,13 @@ def load_optimizer_state(optimizer, state: dict) -> None:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    restored = {}
+    restored: dict[int, dict[str, torch.Tensor]] = {}
     for i, values in state["state"].items():
         p = parameters[i]
-        restored[i] = {name: value.to(p.device, copy=True) for name, value in values.items()}
-        for name, value in restored[i].items():
+        restored[i] = {}
+        for name, value in values.items():
+            own_value = value.to(p.device, copy=True)
             if isinstance(p, DTensor) and value.shape == p.shape:
-                restored[i][name] = distribute_tensor(value, p.device_mesh, p.placements)
+                own_value = distribute_tensor(own_value, p.device_mesh, p.placements)
+            restored[i][name] = own_value
     optimizer.load_state_dict({**state, "state": restored})
