@@ -38,6 +38,8 @@ METHODS = ("grpo", "dapo", "egsw", "gtpo", "grpo_s")
 NEIGHBOURS = ("more.forking", "more.cov", "more.entropy_advantage", "more.quantile", "more.cispo")
 ARITHMETIC = ("easy", "trap", "long")
 OFTEN = dict(eval_every=27)  # evaluates a Countdown run four times on its way
+TWICE = dict(eval_every=54)
+SLOWLY = dict(lr=2e-4) | TWICE  # a learning rate that fits four updates per rollout on Countdown
 # The weights that EGSW gives right and wrong completions of the Countdown base on average: scale.py measures them.
 MATCHED = dict(right_scale=1.8, wrong_scale=0.65)
 SEEDS = dict(methods=10, frontier=3, parts=5, gtpo_terms=5, grpo_s_terms=5, size=3, sgd=3, neighbours=5,
@@ -126,22 +128,21 @@ def plan(question: str) -> Iterator[Line]:
                 for lr in (0.1, 0.8):
                     yield setting, method, dict(mean_one=False, optimizer="sgd", lr=lr)
     if question == "neighbours":  # most of them take four updates per rollout, so GRPO with four is a reference too
-        often = dict(eval_every=54)
         four_updates = dict(reduction="token", minibatches=4)
-        places = [("countdown", {}), ("countdown", dict(lr=2e-4)), *((setting, {}) for setting in ARITHMETIC)]
-        for setting, lr in places:
-            options = lr | often if setting == "countdown" else {}
-            yield setting, "grpo", OFTEN if options == often else options  # a cell of other questions
+        # By setting: the options of GRPO, which are those of other questions so that cells are shared, and of the rest.
+        groups = [("countdown", OFTEN, TWICE), ("countdown", SLOWLY, SLOWLY)]
+        groups += [(setting, {}, {}) for setting in ARITHMETIC]
+        for setting, options_of_grpo, options in groups:
+            yield setting, "grpo", options_of_grpo
             yield setting, "grpo", four_updates | options
             for method in NEIGHBOURS:
                 yield setting, method, options
             yield setting, "more.cov", dict(kind="kl") | options
-    if question == "neighbour_options":  # at the learning rate that fits four updates per rollout
-        slow = dict(lr=2e-4, eval_every=54)
+    if question == "neighbour_options":
         for minibatches in (4, 1):
-            yield "countdown", "grpo", dict(reduction="token", minibatches=minibatches) | slow
+            yield "countdown", "grpo", dict(reduction="token", minibatches=minibatches) | SLOWLY
         for method, options in NEIGHBOUR_OPTIONS:
-            yield "countdown", method, options | slow
+            yield "countdown", method, options | SLOWLY
     if question == "gtpo":
         readings = [{}, dict(normalize="own"), dict(compare="row"), dict(compare="matrix"),
                     dict(compare="row", mean="geometric"), dict(alpha2=0.0), dict(alpha2=0.05), dict(alpha2=0.2),

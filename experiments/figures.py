@@ -10,7 +10,7 @@ dots are seeds.
 import statistics
 from pathlib import Path
 
-from tables import frontier_points, largest_k, lines_of, method_of
+from tables import FRONTIERS, frontier_points, frontier_rows, largest_k, lines_of, method_of
 
 COLOURS = {
     "grpo": "#4c72b0", "dapo": "#dd8452", "egsw": "#55a868", "gtpo": "#c44e52", "grpo_s": "#8172b3",
@@ -18,7 +18,6 @@ COLOURS = {
     "quantile": "#ccb974", "cispo": "#64b5cd", "cov kind=kl": "#8c4c7c",
     "grpo reduction=token minibatches=4": "#26487a",
 }  # fmt: skip
-FRONTIERS = {"frontier": "the five methods", "neighbours": "the methods of more/"}  # the questions, and their titles
 
 
 def draw(rows: list[dict], curves: list[dict], evaluations: list[dict], out: Path) -> None:
@@ -110,12 +109,11 @@ def parts(pyplot, rows: list[dict]):
             axis.plot(statistics.fmean(values), place, "|", color=colour, markersize=16)
         before = statistics.fmean(row[f"before {metric}"] for row in rows)
         axis.axvline(before, linestyle="--", color="grey", linewidth=1)
-        usual = [
-            row[f"after {metric}"] for row in rows if row[f"after {metric}"] > before / 3
-        ]  # without what collapsed
-        margin = 0.05 * (max(*usual, before) - min(*usual, before))
+        after = [row[f"after {metric}"] for row in rows]
+        shown = [before, *(value for value in after if value > before / 3)]  # without the runs that collapsed
+        margin = 0.05 * (max(shown) - min(shown))
         axis.set(title=metric, xlabel="dashed: before training")
-        axis.set_xlim(min(*usual, before) - margin, max(*usual, before) + margin)
+        axis.set_xlim(min(shown) - margin, max(shown) + margin)
     panels[0].set(yticks=range(len(lines)), yticklabels=list(lines))
     panels[0].invert_yaxis()
     return figure
@@ -124,12 +122,12 @@ def parts(pyplot, rows: list[dict]):
 def frontier(pyplot, evaluations: list[dict]):
     """The five methods and, beside them, the methods of more/. A line joins the evaluations of one learning rate, from
     the first to the last; the base is the black cross."""
-    questions = [question for question in FRONTIERS if any(row["question"] == question for row in evaluations)]
+    questions = [question for question in FRONTIERS if frontier_rows(evaluations, question)]
     size = dict(figsize=(7 * len(questions), 5.5), layout="constrained", sharex=True, sharey=True, squeeze=False)
     figure, panels = pyplot.subplots(1, len(questions), **size)
     for question, axis in zip(questions, panels[0], strict=True):
-        rows = [row for row in evaluations if row["question"] == question and row["setting"] == "countdown"]
-        for method, points in frontier_points(rows).items():
+        rows = frontier_rows(evaluations, question)
+        for method, points in frontier_points(evaluations, question).items():
             colour = COLOURS[method]
             for row in rows:
                 if method_of(row) == method and row["evaluation"] > 0:

@@ -15,6 +15,7 @@ NOTE = (
     "(5%) after Holm's correction over all comparisons of the question."
 )
 LEVELS = (0.2, 0.22, 0.24, 0.26)  # of mean@64, in the table of the frontier
+FRONTIERS = {"frontier": "the five methods", "neighbours": "the methods of more/"}  # the questions, and what is in them
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def report(rows: list[dict], evaluations: list[dict], costs: list[dict]) -> str:
     text = NOTE + "\n\n"
     for question in dict.fromkeys(row["question"] for row in rows):
         text += tables([row for row in rows if row["question"] == question], question)
-        if question in ("frontier", "neighbours") and evaluations:
+        if question in FRONTIERS and evaluations:
             text += frontier_table(evaluations, question)
     if costs:
         lines = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in costs]
@@ -206,12 +207,17 @@ def method_of(row: dict) -> str:
     return " ".join(part for part in name_of(row).split() if not part.startswith(("lr=", "stop_tokens=")))
 
 
-def frontier_points(evaluations: list[dict]) -> dict[str, list[dict]]:
-    """By method, from the rows of one question: a point for each learning rate, length of training and evaluation on
-    the way, with the means over seeds of mean@64 and pass@64."""
+def frontier_rows(evaluations: list[dict], question: str) -> list[dict]:
+    """The evaluations on Countdown of one question, with those before training."""
+    return [row for row in evaluations if row["question"] == question and row["setting"] == "countdown"]
+
+
+def frontier_points(evaluations: list[dict], question: str) -> dict[str, list[dict]]:
+    """By method: a point for each learning rate, length of training and evaluation on the way, with the means over
+    seeds of mean@64 and pass@64."""
     groups: dict[str, dict[tuple, list[dict]]] = {}
-    for row in evaluations:
-        if row["setting"] == "countdown" and row["evaluation"] > 0:
+    for row in frontier_rows(evaluations, question):
+        if row["evaluation"] > 0:
             of_method = groups.setdefault(method_of(row), {})
             of_method.setdefault((row["variant"], row["evaluation"]), []).append(row)
     points: dict[str, list[dict]] = {}
@@ -226,7 +232,7 @@ def frontier_points(evaluations: list[dict]) -> dict[str, list[dict]]:
 def frontier_table(evaluations: list[dict], question: str) -> str:
     """The highest pass@64 of each method among its points that reach a level of mean@64."""
     cells = []
-    for method, points in frontier_points([row for row in evaluations if row["question"] == question]).items():
+    for method, points in frontier_points(evaluations, question).items():
         line = [method, str(len(points))]
         for level in LEVELS:
             reached = [point["pass@64"] for point in points if point["mean@64"] >= level]
