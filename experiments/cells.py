@@ -267,17 +267,26 @@ def summarise(folder: Path) -> dict:
     return summary
 
 
+def sample_countdown(model_folder: str, rows: list[dict], group_size: int) -> tuple[common.Rollout, list[str]]:
+    """Completions of these Countdown questions, group_size of each, as a Rollout and as text. The same every time."""
+    model, tokenizer = data.load_model(model_folder, torch.device("cpu"))
+    prompts = tokenizer([row["question"] for row in rows])["input_ids"]
+    T = countdown.MAX_NEW_TOKENS
+    uniforms = torch.rand(len(rows) * group_size, T, generator=torch.Generator().manual_seed(0))
+    rollout = common.sample(model, prompts, group_size, T, data.stop_ids(model, tokenizer), uniforms)
+    texts = []
+    for ids, length in zip(rollout.completion_ids, rollout.completion_lengths().long(), strict=True):
+        texts.append(tokenizer.decode(ids[:length], skip_special_tokens=True))
+    return rollout, texts
+
+
 def entropies(model_folder: str) -> dict[str, float]:
     """Mean entropy, in nats, at the tokens of Countdown completions at which the model chooses a number or an operator,
     and at the others (results of arithmetic, copied totals, the end)."""
-    model, tokenizer = data.load_model(model_folder, torch.device("cpu"))
-    prompts = tokenizer([row["question"] for row in countdown.questions(EVAL_ROWS, 0, held_out=True)])["input_ids"]
-    T = SETTINGS["countdown"]["options"]["max_new_tokens"]
-    uniforms = torch.rand(EVAL_ROWS * SCORED_SAMPLES, T, generator=torch.Generator().manual_seed(0))
-    rollout = common.sample(model, prompts, SCORED_SAMPLES, T, data.stop_ids(model, tokenizer), uniforms)
+    rows = countdown.questions(EVAL_ROWS, 0, held_out=True)
+    rollout, texts = sample_countdown(model_folder, rows, SCORED_SAMPLES)
     is_choice = torch.zeros_like(rollout.mask)
-    for i, ids in enumerate(rollout.completion_ids):
-        text = tokenizer.decode(ids[: int(rollout.mask[i].sum())], skip_special_tokens=True)
+    for i, text in enumerate(texts):
         for position in countdown.choice_positions(text):  # one character is one token
             is_choice[i, position] = 1.0
     is_other = rollout.mask - is_choice

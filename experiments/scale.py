@@ -9,13 +9,13 @@ count, because they have no advantage.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
 
-import torch
+from cells import sample_countdown
 
-import common
 import egsw
-from harness import data
 from tasks import countdown
 
 N_PROMPTS = 512
@@ -24,14 +24,9 @@ GROUP_SIZE = 8
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/countdown")
-    model, tokenizer = data.load_model(str(countdown.base(folder / "base")), torch.device("cpu"))
     rows = countdown.questions(N_PROMPTS, 1, held_out=False)
-    prompts = tokenizer([row["question"] for row in rows])["input_ids"]
-    T = countdown.MAX_NEW_TOKENS
-    uniforms = torch.rand(N_PROMPTS * GROUP_SIZE, T, generator=torch.Generator().manual_seed(0))
-    rollout = common.sample(model, prompts, GROUP_SIZE, T, data.stop_ids(model, tokenizer), uniforms)
-    for i, ids in enumerate(rollout.completion_ids):
-        text = tokenizer.decode(ids[: int(rollout.mask[i].sum())], skip_special_tokens=True)
+    rollout, texts = sample_countdown(str(countdown.base(folder / "base")), rows, GROUP_SIZE)
+    for i, text in enumerate(texts):
         rollout.rewards[i] = countdown.reward(text, rows[int(rollout.group[i])])
     A = egsw.advantages(rollout.rewards, rollout.group)  # [B]
     for alpha in (0.0, 0.5):
