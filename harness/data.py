@@ -1,115 +1,20 @@
-"""The model to train, and the problems to ask it.
+"""The problems to train and to evaluate on, and their prompts.
 
 A problem is {"question", "answer", "row"}. Its answer is what verifier.gold_answer reads: GSM8K's text with `####`, a
 MATH solution with \\boxed{}, or the bare answer. Its row is the whole row of the data set, which a --reward function
-gets. transformers and `datasets` do the loading; they are imported where they are used.
+gets. `datasets` does the loading; it is imported where it is used.
 """
 
 import math
 import random
 from pathlib import Path
-from typing import Any
 
-import torch
-
-import common
 import verifier
 from harness import tiny
-from harness.options import RunConfig, fail
+from harness.options import RunConfig, fail, first_line
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "reward_model", "solution")  # DAPO-Math-17k keeps its gold inside `reward_model`
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    error = error.__cause__ or error  # `datasets` wraps the error that says what is wrong
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-def load_model(
-    name: str,
-    device: torch.device,
-    trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
-    dtype: torch.dtype = torch.float32,
-):
-    """A causal LM with weights of this dtype, and its tokenizer, from the hub or a folder. Weights are read from
-    safetensors only, and code that comes with a checkpoint runs only with `trust_remote_code`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)  # with dropout, the policy that is scored is not the policy that sampled
-        options: dict[str, Any] = dict(dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
-        model.to(device)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        check_head(model)
-    except torch.OutOfMemoryError:
-        with_lora = ", or --lora-rank 32, which holds them in bf16" if dtype == torch.float32 else ""
-        fail(f"--model {name}: its weights do not fit on the GPU: choose a smaller one{with_lora}")
-    except Exception as error:  # of any class: OSError, SafetensorError, JSONDecodeError, ...
-        if Path(name).exists():
-            fail(f"--model {name} cannot be used: {first_line(error)}")
-        fail(f"--model {name} is not a folder here, and the hub gave: {first_line(error)} "
-             "Give a local folder instead if the hub is out of reach.")  # fmt: skip
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model, tokenizer
-
-
-@torch.no_grad()
-def check_head(model) -> None:
-    """Raises ValueError unless common.head_logits(hidden states) equals the model's own logits. common.py runs decoder
-    and head separately, and a model family may do something in between that is not known there. A model in bf16 rounds
-    its logits, so they may differ by more."""
-    model.eval()
-    ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
-    expected = model(input_ids=ids, use_cache=False).logits[0]
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 2e-2
-    logits = common.head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-    if logits.shape != expected.shape or not torch.allclose(logits, expected.float(), tolerance, tolerance):
-        raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states): it is not supported")
-
-
-def stop_ids(model, tokenizer) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS and those in the model's generation_config."""
-    from_config = model.generation_config.eos_token_id
-    from_config = from_config if isinstance(from_config, list) else [from_config]
-    ids = {tokenizer.eos_token_id, *from_config} - {None}
-    if not ids:
-        fail("--model: neither its tokenizer nor its generation_config names an end-of-sequence token")
-    return sorted(ids)
-
-
-def prompt_ids(tokenizer, question: str, system: str, template: str) -> list[int]:
-    """The token ids of a question. With a chat template: a system turn, if there is one, and a user turn, or both in
-    one user turn if the template has no system turn. Without: `template`."""
-    if not tokenizer.chat_template:
-        return tokenizer(template.replace("{question}", question))["input_ids"]
-    options = dict(add_generation_prompt=True, return_dict=False)
-    user = {"role": "user", "content": question}
-    if system:
-        try:
-            return tokenizer.apply_chat_template([{"role": "system", "content": system}, user], **options)
-        except Exception:  # of jinja2. Some templates have no system turn, and each says so in words of its own
-            user["content"] = f"{system}\n\n{question}"
-    try:
-        return tokenizer.apply_chat_template([user], **options)
-    except Exception as error:
-        fail(f"--model: its chat template refuses the prompt: {first_line(error)}; "
-             "give a local copy without the template, which then uses --prompt-template")  # fmt: skip
-
-
-# --- the problems -----------------------------------------------------------------------------------------------------
 
 
 def load_problems(cfg: RunConfig) -> tuple[list[dict], list[dict]]:
@@ -130,26 +35,35 @@ def training_problems(cfg: RunConfig) -> list[dict]:
     if cfg.dataset == "arithmetic":
         return [{**problem, "row": problem} for problem in tiny.problems(8192, cfg.seed, held_out=False)]
     flag = f"--dataset {cfg.dataset}"
-    rows = open_dataset(flag, cfg.dataset, cfg.dataset_config, cfg.train_split)
+    split, _ = split_names(cfg)
+    rows = open_dataset(flag, cfg.dataset, split)
     if rows is None:
-        fail(f"{flag}: no split {cfg.train_split!r}; name one with --train-split")
+        fail(f"{flag}: no split {split!r}; name its splits with --splits")
     problems = read_columns(flag, rows, cfg.question_column, cfg.answer_column, with_answer=not cfg.reward)
     return shuffled(usable(flag, problems, with_answer=not cfg.reward))
 
 
+def split_names(cfg: RunConfig) -> tuple[str, str]:
+    """The splits to train and to evaluate on, from --splits TRAIN,EVAL."""
+    train, comma, evaluation = (part.strip() for part in cfg.splits.partition(","))
+    if not (train and comma and evaluation):
+        fail(f"--splits {cfg.splits}: name two splits, to train and to evaluate on, such as train,test")
+    return train, evaluation
+
+
 def evaluation_problems(cfg: RunConfig) -> list[dict] | None:
-    """The problems of --eval-dataset, or else of the --eval-split of --dataset; None if there is no such split."""
+    """The problems of --eval-dataset, or else of the second split of --dataset; None if there is no such split."""
     name = cfg.eval_dataset or cfg.dataset
     if name == "arithmetic":
         return [{**problem, "row": problem} for problem in tiny.problems(cfg.eval_rows, 0, held_out=True)]
     if not cfg.eval_dataset and Path(cfg.dataset).is_file():
         return None  # a file has no splits
-    config = None if cfg.eval_dataset else cfg.dataset_config
     flag = f"--eval-dataset {name}" if cfg.eval_dataset else f"--dataset {name}"
-    rows = open_dataset(flag, name, config, cfg.eval_split)
-    split_was_asked_for = cfg.eval_dataset is not None or cfg.eval_split != "test"
+    _, split = split_names(cfg)
+    rows = open_dataset(flag, name, split)
+    split_was_asked_for = cfg.eval_dataset is not None or split != "test"
     if rows is None and split_was_asked_for:
-        fail(f"{flag}: no split {cfg.eval_split!r}; name one with --eval-split")
+        fail(f"{flag}: no split {split!r}; name its splits with --splits")
     if not rows and not split_was_asked_for:
         return None
     question_column = cfg.question_column
@@ -177,9 +91,9 @@ def shuffled(problems: list[dict]) -> list[dict]:
     return problems
 
 
-def open_dataset(flag: str, name: str, config: str | None, split: str):
-    """One split of a hub data set, of a JSON, JSON Lines or Parquet file, or of a saved folder; None if it has no such
-    split."""
+def open_dataset(flag: str, name: str, split: str):
+    """One split of a hub data set (NAME or NAME:CONFIGURATION), of a JSON, JSON Lines or Parquet file, or of a saved
+    folder; None if it has no such split."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -198,6 +112,9 @@ def open_dataset(flag: str, name: str, config: str | None, split: str):
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(name)
             return saved.get(split) if isinstance(saved, datasets.DatasetDict) else saved
+        config = None
+        if not path.exists():
+            name, _, config = name.partition(":")
         if not config:
             names = datasets.get_dataset_config_names(name)
             config = next((usual for usual in ("main", "default") if usual in names), names[0])
@@ -271,6 +188,28 @@ def usable(flag: str, problems: list[dict], with_answer: bool) -> list[dict]:
     if not good:
         fail(f"{flag}: none of its {len(unique)} rows has an answer that can be verified")
     return good
+
+
+# --- their prompts ----------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer, question: str, system: str, template: str) -> list[int]:
+    """The token ids of a question. With a chat template: a system turn, if there is one, and a user turn, or both in
+    one user turn if the template has no system turn. Without: `template`."""
+    if not tokenizer.chat_template:
+        return tokenizer(template.replace("{question}", question))["input_ids"]
+    options = dict(add_generation_prompt=True, return_dict=False)
+    user = {"role": "user", "content": question}
+    if system:
+        try:
+            return tokenizer.apply_chat_template([{"role": "system", "content": system}, user], **options)
+        except Exception:  # of jinja2. Some templates have no system turn, and each says so in words of its own
+            user["content"] = f"{system}\n\n{question}"
+    try:
+        return tokenizer.apply_chat_template([user], **options)
+    except Exception as error:
+        fail(f"--model: its chat template refuses the prompt: {first_line(error)}; "
+             "give a local copy without the template, which then uses --prompt-template")  # fmt: skip
 
 
 def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]:

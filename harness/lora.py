@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import distributed
 from harness.options import RunConfig, fail
 
-WEIGHTS = "adapter_model.safetensors"  # the name that peft gives this file
+ADAPTER_FILE = "adapter_model.safetensors"  # peft's name for the file of the adapters
+LORA_ALPHA = 32
 ADAPTER = "default"  # the name that peft gives the only adapter of a layer
 
 
@@ -42,7 +42,7 @@ def add_adapters(model, cfg: RunConfig, source: str) -> None:
     from peft.tuners.lora import Linear, LoraLayer
 
     config = LoraConfig(
-        r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM",
+        r=cfg.lora_rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM",
         base_model_name_or_path=source,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -84,17 +84,13 @@ def name_in_file(name: str) -> str:
     return "base_model.model." + name.replace(f".{ADAPTER}.", ".")
 
 
-def full_adapters(model) -> dict[str, Tensor]:
-    """The adapters on the CPU, by their names in the file. Every process must call this."""
-    return {name_in_file(name): distributed.full_tensor(p.detach()).cpu() for name, p in adapters(model).items()}
-
-
-def save_adapters(model, weights: dict[str, Tensor], folder: Path) -> None:
-    """Writes what full_adapters gave, as peft does, and the fingerprint of the base."""
+def save_adapters(model, folder: Path) -> None:
+    """Writes the adapters as peft does, and the fingerprint of the base."""
     from safetensors.torch import save_file
 
     model.peft_config[ADAPTER].save_pretrained(folder)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "base": model.base_fingerprint})
+    tensors = {name_in_file(name): p.detach().cpu().contiguous() for name, p in adapters(model).items()}
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt", "base": model.base_fingerprint})
 
 
 @torch.no_grad()
@@ -102,7 +98,7 @@ def load_adapters(model, source: str, folder: Path) -> None:
     """Sets the adapters to those in the folder. Fails if they belong to another base."""
     from safetensors import safe_open
 
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with safe_open(folder / ADAPTER_FILE, "pt") as file:
         if file.metadata()["base"] != model.base_fingerprint:
             fail(f"--model {source}: it is not the base that the adapters in {folder} belong to")
         for name, p in adapters(model).items():
@@ -110,14 +106,16 @@ def load_adapters(model, source: str, folder: Path) -> None:
 
 
 @torch.no_grad()
-def save_merged(model, weights: dict[str, Tensor], folder: Path) -> None:
+def save_merged(model, folder: Path) -> None:
     """Writes a plain checkpoint: each adapter is added to its weight. In float32, because most differences are smaller
-    than the distance between two bf16 numbers. weights: distributed.full_weights(model)."""
+    than the distance between two bf16 numbers."""
     from peft.tuners.lora import Linear
 
-    merged = {}
+    weights = model.state_dict()
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied weight has one name here
+    merged: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if ".lora_" not in name:
+        if name in names and ".lora_" not in name:
             merged[name.replace(".base_layer.", ".")] = weight.float().cpu()
     for name, layer in model.named_modules():
         if isinstance(layer, Linear):

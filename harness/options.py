@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-import torch
-
 C = TypeVar("C")
 
 
@@ -24,6 +22,12 @@ def fail(message: str, details: str = "") -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a torchrun come here; one line is enough
         print(f"error: {' '.join(message.split())}\n{details}".rstrip(), file=sys.stderr)
     raise SystemExit(2)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    error = error.__cause__ or error  # `datasets` wraps the error that says what is wrong
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def option(
@@ -41,16 +45,15 @@ class RunConfig:
     model: str | None = option(None, "hub name or local folder; if not given: the tiny base")
     trust_remote_code: bool = option(False, "run code that comes with the checkpoint")
     gradient_checkpointing: bool = option(False, "less memory, more time: compute activations twice")
-    fsdp: bool = option(False, "under torchrun: split weights, gradients and optimizer over the GPUs (FSDP2)")
     lora_rank: int = option(0, "train LoRA adapters of this rank on all linear layers; 0: the whole model", at_least=0)
-    lora_alpha: int = option(32, "what the adapters add is multiplied by lora_alpha / lora_rank", at_least=1)
-    dataset: str = option("arithmetic", "arithmetic (built in), a hub name, a JSON/JSONL/Parquet file, a saved folder")
-    dataset_config: str | None = option(None, "the hub data set's configuration; if not given: main, or its first")
-    train_split: str = option("train", "split to train on")
+    dataset: str = option(
+        "arithmetic", "arithmetic (built in), a hub name (NAME or NAME:CONFIGURATION), a JSON/JSONL/Parquet file, "
+        "a saved folder"
+    )  # fmt: skip
     eval_dataset: str | None = option(
-        None, "data set to evaluate on; if not given: --dataset's eval split, or rows held out"
+        None, "data set to evaluate on; if not given: the second split of --dataset, or rows held out"
     )
-    eval_split: str = option("test", "split to evaluate on")
+    splits: str = option("train,test", "the splits to train and to evaluate on")
     question_column: str | None = option(None, "if not given: question, problem or prompt")
     answer_column: str | None = option(None, "if not given: answer, reward_model or solution")
     system: str = option(
@@ -91,16 +94,14 @@ class RunConfig:
     name: str | None = option(None, "folder of this run inside <out>; if not given: <method>-1, -2, ...")
     save_every: int = option(0, "write a checkpoint after every N steps; 0: only at the end", at_least=0)
     resume: str | None = option(None, "run folder to continue; its stored options apply unless given again")
-    log_completions: int = option(4, "completions per step to keep in completions.jsonl", at_least=0)
     track: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "where else the metrics go")
-    save_plots: bool = option(True, "draw curves.png at the end, if matplotlib is installed")
 
 
 # The learning rate if --lr is not given, below 10M parameters and from there on. With --lora-rank it is ten times this.
 DEFAULT_LR = {"adamw": (2e-4, 1e-6), "sgd": (0.1, 0.1)}
 
 # What a run keeps when it is resumed: its checkpoints hold the state of this optimizer, for these weights.
-FIXED_ON_RESUME = ("optimizer", "lora_rank", "lora_alpha")
+FIXED_ON_RESUME = ("optimizer", "lora_rank")
 
 # The first option of each section of --help.
 SECTIONS = {
@@ -193,15 +194,6 @@ def bounded(
 def check_options(cfg: RunConfig) -> None:
     """Refuses what is wrong before anything is loaded. Makes the folder --out if all is well."""
     out = Path(cfg.out)
-    if cfg.fsdp and cfg.cuda_graphs:
-        fail("--fsdp with --cuda-graphs: a graph cannot hold the steps that gather the weights; leave one of them out")
-    # On a GPU the base is in bf16 and the adapters in float32. FSDP2 of torch 2.6 wants one type in each layer; later
-    # versions want it only of what is trained. That change is younger than 2.7, so 2.8 should have it. Tested: 2.13.
-    if cfg.fsdp and cfg.lora_rank and torch.cuda.is_available() and torch.__version__ < "2.8":  # compares as versions
-        fail(f"--fsdp with --lora-rank {cfg.lora_rank}: on a GPU it needs torch 2.8 or later, and this is "
-             f"{torch.__version__}; update torch, or leave out --fsdp")  # fmt: skip
-    if cfg.fsdp and "LOCAL_RANK" not in os.environ:
-        fail("--fsdp: it splits the model over several processes; start them with torchrun --nproc-per-node N")
     if cfg.eval_only and not cfg.eval_rows:
         fail("--eval-only with --eval-rows 0: there is nothing to evaluate on")
     if cfg.name and Path(cfg.name).name != cfg.name:

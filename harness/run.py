@@ -24,19 +24,20 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import Rollout
-from harness import data, distributed, evaluation, files, health, lora, memory, reporting, rewards, stop, tiny
-from harness.options import RunConfig, check_options, fail, resolve_defaults
-from harness.policy import load_policy
+from harness import data, distributed, files, lora, reporting, rewards, stop, tiny
+from harness.model import describe_size, load_policy
+from harness.options import RunConfig, check_options, fail, first_line, resolve_defaults
 from harness.trainer import Trainer
 
 MAX_BAD_STEPS = 3  # this many steps in a row with a skipped update end the run
+N_LOGGED_COMPLETIONS = 4  # of each step, in completions.jsonl
 
 
 class Run(Trainer):
@@ -59,8 +60,8 @@ class Run(Trainer):
             self.eval_problems = data.encode(cfg, model, tokenizer, eval_problems)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        memory.check_memory(cfg, model, max(len(problem["prompt_ids"]) for problem in problems))
         super().__init__(cfg, model, tokenizer, problems, source)
+        print(describe_size(model, self.optimizer))
 
         self.step = 0
         self.saved_step = -1  # of the last checkpoint
@@ -125,9 +126,10 @@ class Run(Trainer):
             raise SystemExit(self.exit_status)
         if self.evaluations and self.evaluations[-1]["step"] < self.step:
             self.evaluate()
-        self.write_model(self.folder / "model")
-        if cfg.lora_rank:
-            self.write_adapters(self.folder / "adapter")
+        if self.is_main:
+            files.write_folder(self.folder / "model", self.write_model)
+            if cfg.lora_rank:
+                files.write_folder(self.folder / "adapter", lambda folder: lora.save_adapters(self.model, folder))
         self.report()
 
     def signal_of_any_process(self) -> int:
@@ -155,17 +157,16 @@ class Run(Trainer):
             **(method_metrics or {}),
         }
         self.history.append(metrics)
-        for name, warning in health.find(self.history).items():
+        for name, warning in reporting.warnings(self.history).items():
             metrics[f"warning/{name}"] = 1.0
             self.say(f"\nwarning: {warning}")
         timing = {"step": self.step, "tokens": int(n_tokens), **self.seconds}
         self.seconds = {}
         if self.device.type == "cuda":
             timing["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        n_kept = self.cfg.log_completions
-        stride = max(1, len(rollout) // max(1, n_kept))  # spread over the prompts
+        stride = max(1, len(rollout) // N_LOGGED_COMPLETIONS)  # spread over the prompts
         self.append("timing.jsonl", timing)
-        self.append("completions.jsonl", *self.records(rollout, stride)[:n_kept])
+        self.append("completions.jsonl", *self.records(rollout, stride)[:N_LOGGED_COMPLETIONS])
         self.append("metrics.jsonl", metrics)
         self.track(metrics)
         shown = {"reward": "reward", "entropy": "entropy", "length": "completions/mean_length"}
@@ -182,7 +183,7 @@ class Run(Trainer):
         greedy = self.verify(self.generate(self.eval_problems, 1, uniforms=None))
         sampled = self.verify(self.generate(self.eval_problems, k, uniforms))
         self.seconds = {}  # of training alone
-        result = {"step": self.step, **evaluation.evaluate(greedy, sampled, k)}
+        result = {"step": self.step, **reporting.evaluate(greedy, sampled, k)}
         if self.cfg.reward:
             result["reward"] = float(sampled.rewards.mean())  # mean@k only says how many are above 0.5
         earlier = [other for other in self.evaluations if other["step"] != self.step]
@@ -191,7 +192,7 @@ class Run(Trainer):
             return
         files.write_text(self.folder / "eval.json", json.dumps(self.evaluations, indent=1) + "\n")
         text = io.StringIO()
-        table = csv.DictWriter(text, evaluation.names(self.evaluations), extrasaction="ignore")
+        table = csv.DictWriter(text, reporting.metric_names(self.evaluations), extrasaction="ignore")
         table.writeheader()
         table.writerows(self.evaluations)
         files.write_text(self.folder / "eval.csv", text.getvalue())
@@ -202,7 +203,7 @@ class Run(Trainer):
         """Prints the closing table and draws curves.png."""
         reporting.print_table(self.evaluations)
         print(f"\nin {self.folder}")
-        if self.cfg.save_plots and self.is_main:
+        if self.is_main:
             reporting.plot(self.folder)
 
     def records(self, rollout: Rollout, stride: int = 1) -> list[dict]:
@@ -233,7 +234,7 @@ class Run(Trainer):
             return
         self.saved_step = self.step
         state = {
-            "optimizer": distributed.full_optimizer_state(self.optimizer),
+            "optimizer": self.optimizer.state_dict(),
             "updates": self.scheduler.last_epoch,
             "uniforms": self.sampling_rng.get_state(),
             "position": self.n_prompts_drawn,
@@ -242,49 +243,35 @@ class Run(Trainer):
             "step": self.step,
         }
         checkpoint = self.folder / f"checkpoint-{self.step}"
-        write = self.write_adapters if self.cfg.lora_rank else self.write_model
-        write(checkpoint, lambda folder: torch.save(state, folder / "state.pt"))
+
+        def write(folder: Path) -> None:
+            if self.cfg.lora_rank:
+                lora.save_adapters(self.model, folder)
+            else:
+                self.write_model(folder)
+            torch.save(state, folder / "state.pt")
+
         if self.is_main:
+            files.write_folder(checkpoint, write)
             for other in files.checkpoints(self.folder).values():
                 if other != checkpoint:
                     shutil.rmtree(other)
 
-    def write_model(self, path: Path, write_more: Callable[[Path], None] | None = None) -> None:
-        """Writes model (with its adapters merged) and tokenizer, and what `write_more` adds, into the folder `path`."""
-        weights = distributed.full_weights(self.model)  # every process must help, if FSDP has split them
-
-        def write(folder: Path) -> None:
-            if self.cfg.lora_rank:
-                lora.save_merged(self.model, weights, folder)
-            else:
-                self.model.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
-            if write_more is not None:
-                write_more(folder)
-
-        if self.is_main:
-            files.write_folder(path, write)
-
-    def write_adapters(self, path: Path, write_more: Callable[[Path], None] | None = None) -> None:
-        """Writes the adapters, and what `write_more` adds, into the folder `path`."""
-        weights = lora.full_adapters(self.model)  # every process must help, if FSDP has split them
-
-        def write(folder: Path) -> None:
-            lora.save_adapters(self.model, weights, folder)
-            if write_more is not None:
-                write_more(folder)
-
-        if self.is_main:
-            files.write_folder(path, write)
+    def write_model(self, folder: Path) -> None:
+        """Writes model (with its adapters merged) and tokenizer into a folder."""
+        if self.cfg.lora_rank:
+            lora.save_merged(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def restore(self, checkpoint: Path) -> None:
         """Sets everything but the model, which is loaded already, and removes what was logged after the checkpoint."""
-        # Tensors and numbers, no pickled code. Mapped: the processes of a machine share one copy in memory.
-        try:
-            state = torch.load(checkpoint / "state.pt", weights_only=True, mmap=True)
+        try:  # weights_only: tensors and numbers, no pickled code
+            state = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
         except Exception as error:  # of any class: the file may be missing or damaged
-            fail(f"--resume {self.folder}: {checkpoint.name}/state.pt cannot be read: {data.first_line(error)}")
-        distributed.load_optimizer_state(self.optimizer, state["optimizer"])
+            fail(f"--resume {self.folder}: {checkpoint.name}/state.pt cannot be read: {first_line(error)}")
+        self.optimizer.load_state_dict(state["optimizer"])
         self.start_schedule(state["updates"])
         self.sampling_rng.set_state(state["uniforms"])
         self.n_prompts_drawn = state["position"]

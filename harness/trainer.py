@@ -22,8 +22,9 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import common
 from common import Rollout, concatenate
-from harness import cuda_graphs, data, distributed, lora, rewards
+from harness import cuda_graphs, distributed, lora, rewards
+from harness.model import load_policy, new_optimizer, stop_ids
 from harness.options import RunConfig
-from harness.policy import load_policy, new_optimizer
 
 
 @dataclass
@@ -106,27 +107,21 @@ def microbatches(lengths: Tensor, token_budget: int) -> list[Tensor]:
 
 
 def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int) -> list[PlannedBatch]:
-    """This process's micro-batches of these rows. All processes get the same number of micro-batches, because FSDP runs
-    them in lockstep: a process with fewer gets empty ones, which score one row and use nothing of it."""
+    """This process's micro-batches of these rows."""
     if len(rows) == 0:
         return []
     representatives, place = unique_completions(rollout, rows)
     lengths = (rollout.prompt_lengths + rollout.completion_lengths())[representatives]  # [u] tokens
-    batches_of_process = []
-    for dealt in deal(lengths, distributed.world_size()):
-        batches_of_process.append([dealt[batch] for batch in microbatches(lengths[dealt], token_budget)])
-
+    mine = deal(lengths, distributed.world_size())[distributed.rank()]
     plan = []
-    for unique_batch in batches_of_process[distributed.rank()]:
+    for batch in microbatches(lengths[mine], token_budget):
+        unique_batch = mine[batch]
         place_in_batch = torch.full_like(representatives, -1)  # [u] -1: not in this batch
         place_in_batch[unique_batch] = torch.arange(len(unique_batch), device=rows.device)
         place_of_row = place_in_batch[place]  # [n]
         in_batch = place_of_row >= 0  # [n]
         plan.append(PlannedBatch(representatives[unique_batch], rows[in_batch], place_of_row[in_batch]))
-    n_microbatches = max(len(batches) for batches in batches_of_process)
-    shortest = representatives[lengths.argmin()][None]
-    empty = PlannedBatch(scored_rows=shortest, rows=rows[:0], place=rows[:0])
-    return plan + [empty] * (n_microbatches - len(plan))
+    return plan
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -164,12 +159,11 @@ class Trainer:
         self.problems = problems
         self.source = source
         self.device: torch.device = model.device
-        self.eos_ids = data.stop_ids(model, tokenizer)
+        self.eos_ids = stop_ids(model, tokenizer)
         self.grade = rewards.load(cfg.reward)
         self.optimizer = new_optimizer(cfg, model)
         self.start_schedule(optimizer_steps_done=0)
-        self.token_logprobs = distributed.bind(common.token_logprobs, model)
-        self.reference_token_logprobs: Callable | None = None  # the same of the model that the KL is measured to
+        self.reference_model: Any = None  # the KL is measured to it; loaded when it is first needed
         self.sampling_rng = torch.Generator().manual_seed(cfg.seed)  # decides every sampled token
         self.n_prompts_drawn = 0
         self.n_tokens_sampled = 0  # of completions
@@ -215,15 +209,14 @@ class Trainer:
         my_problems = distributed.my_slice(len(problems))
         prompts_at_a_time = max(1, cfg.rollout_rows // group_size)
         parts = []
-        with distributed.unsharded(self.model):
-            for start in range(my_problems.start, my_problems.stop, prompts_at_a_time):
-                stop = min(start + prompts_at_a_time, my_problems.stop)
-                prompts = [problem["prompt_ids"] for problem in problems[start:stop]]
-                part_uniforms = None if uniforms is None else uniforms[start * group_size : stop * group_size]
-                part = sampler(
-                    self.model, prompts, group_size, cfg.max_new_tokens, self.eos_ids, part_uniforms, cfg.temperature
-                )
-                parts.append(part)
+        for start in range(my_problems.start, my_problems.stop, prompts_at_a_time):
+            stop = min(start + prompts_at_a_time, my_problems.stop)
+            prompts = [problem["prompt_ids"] for problem in problems[start:stop]]
+            part_uniforms = None if uniforms is None else uniforms[start * group_size : stop * group_size]
+            part = sampler(
+                self.model, prompts, group_size, cfg.max_new_tokens, self.eos_ids, part_uniforms, cfg.temperature
+            )
+            parts.append(part)
         rollout = distributed.gather_rollout(concatenate(parts) if parts else None, self.device)
         lengths = rollout.completion_lengths().long().tolist()
         ids = [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
@@ -262,29 +255,29 @@ class Trainer:
         plan = plan_microbatches(rollout, all_rows, self.cfg.token_budget)
         if self.cfg.lora_rank:
             with lora.adapters_off(self.model):
-                logprobs = self.score(self.token_logprobs, rollout, plan)
+                logprobs = self.score(self.model, rollout, plan)
         else:
-            if self.reference_token_logprobs is None:
+            if self.reference_model is None:
                 model, _ = load_policy(self.cfg, self.source, self.device)
-                self.reference_token_logprobs = distributed.bind(common.token_logprobs, model.requires_grad_(False))
-            logprobs = self.score(self.reference_token_logprobs, rollout, plan)
+                self.reference_model = model.requires_grad_(False)
+            logprobs = self.score(self.reference_model, rollout, plan)
         distributed.all_reduce(logprobs)  # one process has scored a row, the others have zeros there
         return logprobs
 
     @torch.no_grad()
-    def score(self, token_logprobs: Callable, rollout: Rollout, plan: list[PlannedBatch]) -> Tensor:
+    def score(self, model, rollout: Rollout, plan: list[PlannedBatch]) -> Tensor:
         """Log-probs of the rows in these micro-batches, 0 for other rows: [B, T], without gradient."""
         logprobs = torch.zeros_like(rollout.mask)
         for planned in plan:
-            logprobs[planned.rows] = self.score_batch(token_logprobs, rollout, planned)
+            logprobs[planned.rows] = self.score_batch(model, rollout, planned)
         return logprobs
 
-    def score_batch(self, token_logprobs: Callable, rollout: Rollout, planned: PlannedBatch) -> Tensor:
+    def score_batch(self, model, rollout: Rollout, planned: PlannedBatch) -> Tensor:
         """Log-probs of the rows of one micro-batch. [b, T]"""
         u = planned.scored_rows
         with common.autocast(self.device):
-            logprobs, _ = token_logprobs(
-                rollout.prompt_ids[u], rollout.prompt_lengths[u], rollout.completion_ids[u], rollout.mask[u],
+            logprobs, _ = common.token_logprobs(
+                model, rollout.prompt_ids[u], rollout.prompt_lengths[u], rollout.completion_ids[u], rollout.mask[u],
                 self.cfg.temperature,
             )  # fmt: skip
         return logprobs[planned.place]
@@ -305,7 +298,7 @@ class Trainer:
         plans = [plan_microbatches(rollout, rows[has_gradient[rows]], self.cfg.token_budget) for rows in parts]
         old_logprobs = None  # [B, T]
         if len(parts) > 1:  # later parts meet a policy that has moved; score them now, cut into the same micro-batches
-            old_logprobs = self.score(self.token_logprobs, rollout, [batch for plan in plans for batch in plan])
+            old_logprobs = self.score(self.model, rollout, [batch for plan in plans for batch in plan])
 
         self.model.train()
         self.step_sums = Sums()
@@ -327,7 +320,7 @@ class Trainer:
         """Scores one micro-batch after the other and yields it. old_logprobs None: the policy has not moved yet."""
         for planned in plan:
             rows = planned.rows
-            logprobs = self.score_batch(self.token_logprobs, rollout, planned)
+            logprobs = self.score_batch(self.model, rollout, planned)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[rows]
             yield Batch(rows, rollout.mask[rows], logprobs, old, rollout.logprobs[rows], loss_weights[rows])
 
@@ -345,10 +338,10 @@ class Trainer:
     def optimizer_step(self) -> None:
         """Steps on the gradient of the minibatch, after clipping its norm. If loss or gradient is not finite, it skips
         the step, and leaves the minibatch out of the metrics: the weights are still good."""
-        values = distributed.all_reduce_dict(self.minibatch_sums.values)
+        values = distributed.sum_by_name(self.minibatch_sums.values)
         distributed.all_reduce_gradients(self.model)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-        norm = float(distributed.full_tensor(grad_norm))
+        norm = float(grad_norm)
         if math.isfinite(norm) and math.isfinite(values.get("loss", 0.0)):
             self.optimizer.step()
             self.scheduler.step()
