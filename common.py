@@ -5,9 +5,13 @@
     loss_weights     factors that turn a plain sum over tokens into the mean that a method wants
     clip_fractions   which tokens get no gradient, because the ratio was clipped
 
-This file knows no method, no reward, no data set and no other process. It needs torch and transformers only. Shapes:
-Q prompts, G completions of each, B = Q * G rows, P prompt tokens, T completion tokens, D hidden size, V vocabulary;
-N tokens, n nodes, b of the rows. Log-probs and entropies are in nats, at the sampling temperature.
+This file knows no method, no reward, no data set and no other process. It needs torch and transformers only.
+Log-probs and entropies are in nats, at the sampling temperature. Letters in the shapes:
+
+    Q prompts, G completions of each, B = Q * G rows: the completions of a rollout
+    P prompt tokens, T completion tokens, N tokens of some rows, k new tokens of each row
+    b rows of a part of the rollout: a micro-batch, or in `sample` those that are not finished
+    n nodes: the sequences that `sample` runs through the decoder; D hidden size; V vocabulary
 """
 
 import functools
@@ -18,8 +22,14 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}  # logits (tokens x vocabulary) at a time; a GPU wants large products
-COMPACT_BELOW = 0.9  # if a smaller share of the batch is still needed, the rest is removed; moving the cache costs time
+# How many logits (tokens x vocabulary) exist at a time. Large matrix products are faster, above all on a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+# How many of them go through softmax, entropy and sampling at a time. They and their copies fit the processor's cache.
+CACHED_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+# Finished sequences leave the batch once they are more than 10% of it. Not at once, because removing copies the rest.
+COMPACT_BELOW = 0.9
+# The key-value cache of `sample` gets memory for this many new tokens at a time.
+ROOM = 64
 
 
 @dataclass
@@ -84,13 +94,31 @@ def head_factors(model) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
+def logits_and_slope(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    """Logits after scale, soft cap and temperature, float32 [N, V]; and the slope of the soft cap there, if any [N, V].
+    hidden [N, D], weight [V, D], bias [V] or None."""
+    z = torch.nn.functional.linear(hidden, weight, bias).float()
+    slope = None
+    if scale != 1.0:
+        z.mul_(scale)
+    if cap:
+        z.div_(cap).tanh_()
+        slope = z.square().neg_().add_(1)
+        z.mul_(cap)
+    if temperature != 1.0:
+        z.div_(temperature)
+    return z, slope
+
+
 def head_logits(model, hidden: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits divided by the temperature, float32 [N, V], from the decoder's last hidden states [N, D]."""
     head = model.get_output_embeddings()
-    return HeadLogprobs.logits(hidden, head.weight, getattr(head, "bias", None), *head_factors(model), temperature)[0]
+    return logits_and_slope(hidden, head.weight, getattr(head, "bias", None), *head_factors(model), temperature)[0]
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling: the next token -----------------------------------------------------------------------------------------
 
 
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -107,18 +135,120 @@ def next_token(model, hidden: Tensor, uniforms: Tensor, temperature: float, gree
     """G draws of each node's next token [n, G], their log-probs [n, G], and the entropy of the node's distribution [n].
 
     hidden [n, D], last hidden state of each node (see `sample`); uniforms [n, G]; greedy: all draws are the most
-    probable token. Works on chunks of nodes, so at most two float32 tensors of chunk x vocabulary exist at a time.
+    probable token. The head's product runs on large chunks of nodes, because it reads the whole weight each time. The
+    rest runs on small parts of a chunk.
     """
-    size = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(model.get_output_embeddings().weight))  # nodes
+    V = len(model.get_output_embeddings().weight)
+    chunk_size = max(1, CHUNK_ELEMENTS[hidden.device.type] // V)  # nodes
+    part_size = max(1, CACHED_ELEMENTS[hidden.device.type] // V)  # nodes
     parts = []
-    for h, u in zip(hidden.split(size), uniforms.split(size), strict=True):
-        logprobs = head_logits(model, h, temperature).log_softmax(-1)
-        token = logprobs.argmax(-1, keepdim=True).expand_as(u) if greedy else inverse_cdf(logprobs.exp(), u)
-        logprob = logprobs.gather(1, token)
-        entropy = torch.special.entr(logprobs.exp_()).sum(-1)  # entr(p) = -p log p
-        parts.append((token, logprob, entropy))
-        del logprobs  # before the next chunk
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    for h, u in zip(hidden.split(chunk_size), uniforms.split(chunk_size), strict=True):
+        logits = head_logits(model, h, temperature)
+        for z, uniform in zip(logits.split(part_size), u.split(part_size), strict=True):
+            log_p = z.log_softmax(-1)
+            p = log_p.exp()
+            entropy = -(log_p.clamp(min=-1e30).mul_(p)).sum(-1)  # log p may be -inf, and 0 * -inf would be NaN
+            token = log_p.argmax(-1, keepdim=True).expand_as(uniform) if greedy else inverse_cdf(p, uniform)
+            parts.append((token, log_p.gather(1, token), entropy))
+        del logits, z  # before the next chunk
+    tokens, logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs), torch.cat(entropies)
+
+
+# --- sampling: the decoder and its cache ------------------------------------------------------------------------------
+
+
+@functools.cache
+def keys_like_values(cache_class):
+    """This class of cache, holding keys in the type of the values. Under autocast, rotary embeddings leave the keys in
+    float32 and the values in bf16: a StaticCache cannot hold both, and other caches would grow by half."""
+
+    class Cache(cache_class):  # type: ignore[misc, valid-type]
+        def update(self, keys, values, *args, **options):
+            return super().update(keys.to(values.dtype), values, *args, **options)
+
+    return Cache
+
+
+@functools.cache
+def growing_layer():
+    """A class that holds what transformers' DynamicLayer holds, in buffers with room for the next tokens. DynamicLayer
+    copies all keys and values for every new token: a third of the time at 100 tokens, and more later."""
+    from transformers.cache_utils import DynamicLayer
+
+    def with_room(tensor: Tensor, rows: Tensor) -> Tensor:
+        """A buffer that begins with tensor[rows]. [n, heads, tokens, d] -> [rows, heads, tokens + ROOM, d]"""
+        _, heads, tokens, d = tensor.shape
+        buffer = tensor.new_empty(len(rows), heads, tokens + ROOM, d)
+        torch.index_select(tensor, 0, rows, out=buffer[:, :, :tokens])  # copies no room
+        return buffer
+
+    class GrowingLayer(DynamicLayer):
+        def update(self, keys, values, *args, **options):
+            if not self.is_initialized:  # the prompts
+                self.key_buffer, self.value_buffer = super().update(keys, values)
+                return self.keys, self.values
+            start = self.get_seq_length()
+            end = start + keys.shape[2]
+            if end > self.key_buffer.shape[2]:
+                self.reorder_cache(torch.arange(len(keys), device=keys.device))
+            self.key_buffer[:, :, start:end] = keys
+            self.value_buffer[:, :, start:end] = values
+            self.keys = self.key_buffer[:, :, :end]
+            self.values = self.value_buffer[:, :, :end]
+            return self.keys, self.values
+
+        def reorder_cache(self, beam_idx):
+            tokens = self.get_seq_length()
+            if tokens > 0:
+                self.key_buffer = with_room(self.keys, beam_idx)
+                self.value_buffer = with_room(self.values, beam_idx)
+                self.keys = self.key_buffer[:, :, :tokens]
+                self.values = self.value_buffer[:, :, :tokens]
+
+    return GrowingLayer
+
+
+def growing_cache(model):
+    """An empty key-value cache for decoding without gradients. Its full-attention layers grow in place. Others, such as
+    sliding windows and linear attention, stay as transformers made them, because they hold a fixed number of states."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = keys_like_values(DynamicCache)(config=model.config)
+    cache.layers = [growing_layer()() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+@functools.cache
+def cache_argument(decoder_class) -> str:
+    """What forward() calls its cache: since transformers 5.24 `cache` instead of `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(decoder_class.forward).parameters else "past_key_values"
+
+
+def hidden_states(model, cache, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+    """The decoder's last hidden states [n, k, D] of the new tokens ids [n, k]; the cache grows by them.
+    attention [n, all tokens so far], 0 on padding; positions [n, k]."""
+    inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions, "use_cache": True}
+    inputs[cache_argument(model.base_model.__class__)] = cache
+    return model.base_model(**inputs).last_hidden_state
+
+
+def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts padded on the left, so that all end in the same column: ids, attention (0 on padding, else 1) and
+    positions, three [Q, P]."""
+    P = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (P - len(prompt)) + prompt for prompt in prompts], device=device)
+    attention = torch.tensor([[0] * (P - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, attention, (attention.cumsum(1) - 1).clamp(min=0)
+
+
+def prefill(model, cache, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Fills an empty cache with the prompts. Returns their last hidden states [Q, D], and their attention [Q, P]."""
+    ids, attention, positions = left_padded(prompts, model.device)
+    return hidden_states(model, cache, ids, attention, positions)[:, -1], attention
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 def empty_rollout(prompts: list[list[int]], group_size: int, max_new_tokens: int, device: torch.device) -> Rollout:
@@ -141,43 +271,16 @@ def empty_rollout(prompts: list[list[int]], group_size: int, max_new_tokens: int
     )
 
 
-@functools.cache
-def keys_like_values(cache_class):
-    """This class of cache, holding keys in the type of the values. Under autocast, rotary embeddings leave the keys in
-    float32 beside bf16 values: a StaticCache cannot hold both, and other caches would grow by half."""
+def choose_children(node: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups rows by (node, token): each pair is a child of that node, and a node of the next token.
 
-    class Cache(cache_class):  # type: ignore[misc, valid-type]
-        def update(self, keys, values, *args, **options):
-            return super().update(keys.to(values.dtype), values, *args, **options)
+    node, token [b] of each row -> parent and token of each child, two [children]; and the child of each row [b].
+    If rows of node 0 drew 5, 7 and 5, and the row of node 1 drew 5, the children are (0, 5), (0, 7) and (1, 5):
 
-    return Cache
-
-
-def prefill(model, prompts: list[list[int]], max_new_tokens: int):
-    """Runs the decoder on the prompts, padded on the left, so that all end in the same column. Returns their key-value
-    cache, the attention mask [Q, P + T] (0 on padding, 1 on all tokens to come), and the last hidden state [Q, D]."""
-    from transformers import DynamicCache
-
-    cache = keys_like_values(DynamicCache)(config=model.config)
-    P = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (P - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    is_token = [[0] * (P - len(prompt)) + [1] * (len(prompt) + max_new_tokens) for prompt in prompts]
-    attention = torch.tensor(is_token, device=model.device)
-    positions = (attention[:, :P].cumsum(1) - 1).clamp(min=0)
-    return cache, attention, last_hidden(model, cache, ids, attention[:, :P], positions)
-
-
-def last_hidden(model, cache, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-    """Hidden state [n, D] after the new tokens ids [n, k]; the cache grows by them. attention [n, tokens so far]."""
-    inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions, "use_cache": True}
-    inputs[cache_argument(model.base_model.__class__)] = cache
-    return model.base_model(**inputs).last_hidden_state[:, -1]
-
-
-@functools.cache
-def cache_argument(decoder_class) -> str:
-    """What forward() calls its cache: since transformers 5.24 `cache` instead of `past_key_values`."""
-    return "cache" if "cache" in inspect.signature(decoder_class.forward).parameters else "past_key_values"
+        choose_children([0, 0, 0, 1], [5, 7, 5, 5]) -> [0, 0, 1], [5, 7, 5], [0, 1, 0, 2]
+    """
+    pair, child = (node * 2**32 + token).unique(return_inverse=True)  # sorted; token ids are below 2**32
+    return pair // 2**32, pair % 2**32, child
 
 
 @torch.no_grad()
@@ -203,19 +306,21 @@ def sample(
     eos = torch.tensor(eos_ids, device=model.device)
     rows = torch.arange(len(rollout), device=model.device)  # [b] the unfinished rows
     node = rollout.group  # [b] the node of each unfinished row
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # [n] prompt tokens of each node
+    lengths = rollout.prompt_lengths[::group_size]  # [n] prompt tokens of each node
 
     with autocast(model.device), torch.inference_mode():
-        cache, attention, hidden = prefill(model, prompts, T)
-        P = attention.shape[1] - T
+        cache = growing_cache(model)
+        hidden, attention = prefill(model, cache, prompts)  # [n, D], [n, P]
+        P = attention.shape[1]
+        attention = torch.nn.functional.pad(attention, (0, T), value=1)  # [n, P + T]
         for t in range(T):
             # 1) Draw the next token of every unfinished row from the distribution of its node.
-            place = rows % group_size  # [b] of each row in its group; rows of one node have different places
-            draws = uniforms.new_zeros(len(hidden), group_size).index_put((node, place), uniforms[rows, t])  # [n, G]
+            sibling = rows % group_size  # [b] index in the group; rows of one node are different siblings
+            draws = uniforms.new_zeros(len(hidden), group_size).index_put((node, sibling), uniforms[rows, t])  # [n, G]
             tokens, logprobs, entropy = next_token(model, hidden, draws, temperature, greedy)
-            token = tokens[node, place]  # [b]
+            token = tokens[node, sibling]  # [b]
             rollout.completion_ids[rows, t] = token
-            rollout.logprobs[rows, t] = logprobs[node, place]
+            rollout.logprobs[rows, t] = logprobs[node, sibling]
             rollout.entropy[rows, t] = entropy[node]
             rollout.mask[:, t].index_fill_(0, rows, 1.0)  # the EOS is a real token too
             # 2) Rows that drew an EOS have ended.
@@ -227,24 +332,19 @@ def sample(
             token = token[alive]
             if len(rows) == 0 or t == T - 1:
                 break
-            # 3) Group the rows by (node, token): each pair is one child node, a line of the next batch. If rows of node
-            #    0 drew 5, 5 and 7, and the row of node 1 drew 5, the children are (0, 5), (0, 7) and (1, 5).
-            pair, child = (node * 2**32 + token).unique(return_inverse=True)  # token ids are below 2**32
-            parent = pair // 2**32  # [children]
-            child_token = pair % 2**32  # [children]
-            node_was_split = (parent[1:] == parent[:-1]).any()  # pairs are sorted, so children of a node are adjacent
-            if len(pair) < COMPACT_BELOW * len(hidden) or node_was_split:
-                # Each child takes its parent's line of the cache. Nodes without unfinished rows fall out.
-                cache.batch_select_indices(parent)
+            # 3) The children are the next batch, each with a copy of its parent's cache.
+            parent, new_ids, child = choose_children(node, token)
+            node_was_split = (parent[1:] == parent[:-1]).any()  # children are sorted by parent
+            if len(parent) < COMPACT_BELOW * len(hidden) or node_was_split:
+                cache.reorder_cache(parent)
                 attention = attention[parent]
                 lengths = lengths[parent]
                 node = child
-                new_ids = child_token
-            else:
-                # No node has two children, so every line stays where it is. A node without rows gets token 0.
-                new_ids = torch.zeros_like(lengths).index_put((parent,), child_token)
+            else:  # No node has two children: every child can stay in its parent's place, without a copy.
+                new_ids = torch.zeros_like(lengths).index_put((parent,), new_ids)  # 0 for nodes without rows
             # 4) Run the decoder on the new tokens.
-            hidden = last_hidden(model, cache, new_ids[:, None], attention[:, : P + t + 1], (lengths + t)[:, None])
+            seen = attention[:, : P + t + 1]
+            hidden = hidden_states(model, cache, new_ids[:, None], seen, (lengths + t)[:, None])[:, -1]
     return rollout
 
 
@@ -263,20 +363,6 @@ class HeadLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def logits(hidden, weight, bias, scale, cap, temperature):  # z [n, V] in float32; slope of the soft cap, if any
-        z = torch.nn.functional.linear(hidden, weight, bias).float()
-        slope = None
-        if scale != 1.0:
-            z.mul_(scale)
-        if cap:
-            z.div_(cap).tanh_()
-            slope = z.square().neg_().add_(1)
-            z.mul_(cap)
-        if temperature != 1.0:
-            z.div_(temperature)
-        return z, slope
-
-    @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, cap, temperature, with_entropy):
         ctx.set_materialize_grads(False)  # an unused output has the gradient None, which costs nothing
         device = hidden.device.type
@@ -291,7 +377,7 @@ class HeadLogprobs(torch.autograd.Function):
             weight_lowp = weight.to(ctx.dtype)
             bias_lowp = None if bias is None else bias.to(ctx.dtype)
             for chunk in ctx.chunks:
-                z, _ = HeadLogprobs.logits(hidden[chunk].to(ctx.dtype), weight_lowp, bias_lowp, *ctx.factors)
+                z, _ = logits_and_slope(hidden[chunk].to(ctx.dtype), weight_lowp, bias_lowp, *ctx.factors)
                 logsumexp[chunk] = z.logsumexp(-1)
                 logprob[chunk] = z.gather(1, targets[chunk, None]).squeeze(1) - logsumexp[chunk]
                 if entropy is not None:
@@ -315,7 +401,7 @@ class HeadLogprobs(torch.autograd.Function):
         for chunk in ctx.chunks:
             h = hidden[chunk].to(ctx.dtype)
             g = g_logprob[chunk, None]
-            z, slope = HeadLogprobs.logits(h, weight_lowp, bias_lowp, *ctx.factors)
+            z, slope = logits_and_slope(h, weight_lowp, bias_lowp, *ctx.factors)
             z.sub_(logsumexp[chunk, None])  # now log p
             if g_entropy is None:
                 z.exp_().mul_(-g)  # now -g p

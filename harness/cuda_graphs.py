@@ -12,11 +12,11 @@ from common import Rollout
 
 
 def supported(model) -> bool:
-    """Whether the model can decode with fixed shapes: not with sliding windows, and only with torch's own attention."""
-    from transformers import DynamicCache
+    """Whether the model can decode with fixed shapes: only with full attention in every layer, computed by torch."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    sliding = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=model.config).layers)
-    return model.config._attn_implementation == "sdpa" and not sliding
+    full_attention = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return model.config._attn_implementation == "sdpa" and full_attention
 
 
 @torch.no_grad()
@@ -42,15 +42,16 @@ def sample(
     eos = torch.tensor(eos_ids, device=model.device)
 
     with common.autocast(model.device), torch.inference_mode():
-        prefilled, attention, hidden = common.prefill(model, prompts, T)
+        prompt_cache = common.growing_cache(model)
+        hidden, attention = common.prefill(model, prompt_cache, prompts)  # [Q, D], [Q, P]
         B = len(rollout)
-        P = attention.shape[1] - T
+        P = attention.shape[1]
         hidden = hidden[rollout.group]  # [B, D]
         cache = common.keys_like_values(StaticCache)(config=model.config, max_cache_len=P + T)
-        for i, layer in enumerate(prefilled.layers):
+        for i, layer in enumerate(prompt_cache.layers):
             cache.update(layer.keys[rollout.group], layer.values[rollout.group], i)
         visible = torch.zeros(B, 1, 1, P + T, dtype=torch.bool, device=model.device)
-        visible[:, 0, 0, :P] = attention[rollout.group, :P] > 0
+        visible[:, 0, 0, :P] = attention[rollout.group] > 0
         t = torch.zeros(1, dtype=torch.long, device=model.device)  # a tensor: a graph runs no Python
 
         def step() -> None:
@@ -66,7 +67,7 @@ def sample(
             rollout.finished.logical_or_(torch.isin(token[:, 0], eos))
             visible.index_fill_(3, P + t, True)
             positions = (rollout.prompt_lengths + t)[:, None]
-            hidden.copy_(common.last_hidden(model, cache, token, visible, positions))
+            hidden.copy_(common.hidden_states(model, cache, token, visible, positions)[:, -1])
             t.add_(1)
 
         step()  # not captured: it also fills autocast's cache of bf16 weights, which the graph then reads
