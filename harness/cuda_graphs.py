@@ -42,15 +42,16 @@ def sample(
     eos = torch.tensor(eos_ids, device=model.device)
 
     with common.autocast(model.device), torch.inference_mode():
-        prefilled, attention, hidden = common.prefill(model, prompts, T)
         B = len(rollout)
-        P = attention.shape[1] - T
-        hidden = hidden[rollout.group]  # [B, D]
+        one_row = torch.arange(0, B, group_size, device=model.device)  # of each prompt
+        prefilled, attention, last = common.prefill(model, rollout.prompt_ids[one_row], rollout.prompt_lengths[one_row])
+        P = attention.shape[1]
+        hidden = last[rollout.group]  # [B, D]
         cache = common.keys_like_values(StaticCache)(config=model.config, max_cache_len=P + T)
         for i, layer in enumerate(prefilled.layers):
             cache.update(layer.keys[rollout.group], layer.values[rollout.group], i)
         visible = torch.zeros(B, 1, 1, P + T, dtype=torch.bool, device=model.device)
-        visible[:, 0, 0, :P] = attention[rollout.group, :P] > 0
+        visible[:, 0, 0, :P] = attention[rollout.group] > 0
         t = torch.zeros(1, dtype=torch.long, device=model.device)  # a tensor: a graph runs no Python
 
         def step() -> None:
@@ -66,7 +67,7 @@ def sample(
             rollout.finished.logical_or_(torch.isin(token[:, 0], eos))
             visible.index_fill_(3, P + t, True)
             positions = (rollout.prompt_lengths + t)[:, None]
-            hidden.copy_(common.last_hidden(model, cache, token, visible, positions))
+            hidden.copy_(common.run_decoder(model, cache, token, visible, positions)[:, 0])
             t.add_(1)
 
         step()  # not captured: it also fills autocast's cache of bf16 weights, which the graph then reads

@@ -19,6 +19,7 @@ divided by counts of its whole minibatch.
 """
 
 import functools
+import itertools
 import math
 import random
 import time
@@ -80,7 +81,7 @@ def unique_completions(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Completion:
-    """What a completion costs."""
+    """What the model must run to score a completion."""
 
     index: int
     prompt: int  # completions with the same number share one run of their prompt
@@ -90,36 +91,31 @@ class Completion:
 
 def in_order_of_length(completions: list[Completion]) -> list[Completion]:
     """The longest first, so that the rows of a micro-batch need little padding. Completions of a prompt stay together,
-    in the place of the longest of them."""
+    where the longest of them belongs."""
     longest: dict[int, int] = {}
     for c in completions:
         longest[c.prompt] = max(longest.get(c.prompt, 0), c.prompt_tokens + c.tokens)
     return sorted(completions, key=lambda c: (-longest[c.prompt], c.prompt, -c.tokens))
 
 
+def share_of_process(completions: list[Completion], process: int, n_processes: int) -> list[Completion]:
+    """A stretch of the list for each process, with about the same number of tokens. So most prompts stay in one."""
+    ends = list(itertools.accumulate(c.prompt_tokens + c.tokens for c in completions))
+    return [c for c, end in zip(completions, ends, strict=True) if (end * n_processes - 1) // ends[-1] == process]
+
+
 def cost(completions: list[Completion]) -> int:
     """Tokens that the model runs on: each prompt once, and each completion, both padded to the longest."""
     n_prompts = len({c.prompt for c in completions})
-    longest_prompt = max(c.prompt_tokens for c in completions)
-    return n_prompts * longest_prompt + len(completions) * max(c.tokens for c in completions)
-
-
-def share_of_process(completions: list[Completion], process: int, n_processes: int) -> list[Completion]:
-    """The part of one process. All parts have about the same number of tokens. They are stretches of the list, so the
-    completions of most prompts stay together."""
-    total = sum(c.prompt_tokens + c.tokens for c in completions)
-    share = []
-    before = 0
-    for c in completions:
-        middle = before + (c.prompt_tokens + c.tokens) / 2
-        if int(middle / total * n_processes) == process:
-            share.append(c)
-        before += c.prompt_tokens + c.tokens
-    return share
+    return n_prompts * max(c.prompt_tokens for c in completions) + len(completions) * max(c.tokens for c in completions)
 
 
 def cut(completions: list[Completion], token_budget: int) -> list[list[Completion]]:
-    """Cuts the list into stretches that cost at most token_budget tokens each, or hold a single completion."""
+    """Stretches of the list that cost at most token_budget tokens each, or hold a single completion.
+
+    Example: with a budget of 15, completions of 3, 2 and 2 tokens, the first two of one prompt, each prompt of 9
+    tokens -> the first two (9 + 2 x 3 = 15 tokens), then the third.
+    """
     parts: list[list[Completion]] = []
     for c in completions:
         if parts and cost([*parts[-1], c]) <= token_budget:
@@ -196,7 +192,8 @@ class Trainer:
         self.n_tokens_sampled = 0  # of completions
         self.bad_steps = 0  # steps in a row in which an optimizer step was skipped
         self.seconds: dict[str, float] = {}  # of each phase of this step
-        self.update_start = 0.0  # of this step's update
+        self.update_start = 0.0  # when this step's update began
+        self.sampled_logprobs = torch.zeros(0)  # [B, T] of this step's rollout
         self.n_tokens = 0.0  # of this minibatch
         self.n_scored_tokens = 0.0  # of this minibatch: in rows that have a gradient
         self.minibatch_sums: dict[str, Mean] = {}  # of each metric
@@ -281,8 +278,7 @@ class Trainer:
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs [B, T] of the completions under the model that the run started from: with LoRA the same model
         without its adapters, else a second model, which is loaded at the first call."""
-        all_rows = torch.arange(len(rollout), device=self.device)
-        plans = self.plan(rollout, all_rows)
+        plans = self.plan(rollout, torch.arange(len(rollout), device=self.device))
         if self.cfg.lora_rank:
             with lora.adapters_off(self.model):
                 logprobs = self.score(self.model, rollout, plans)
@@ -295,6 +291,7 @@ class Trainer:
         return logprobs
 
     def plan(self, rollout: Rollout, rows: Tensor) -> list[Plan]:
+        """This process's micro-batches of these rows."""
         return plan_microbatches(rollout, rows, self.cfg.token_budget, common.shares_prompts(self.model))
 
     @torch.no_grad()
@@ -325,6 +322,7 @@ class Trainer:
         gradient, so it is not scored, but its tokens count in the mean. None: every row is scored.
         """
         self.update_start = time.perf_counter()
+        self.sampled_logprobs = rollout.logprobs
         self.step_sums = {}
         self.grad_norms = []
         self.n_skipped = 0
@@ -357,16 +355,16 @@ class Trainer:
             rows = plan.rows
             logprobs = self.logprobs_of(self.model, rollout, plan)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[rows]
-            self.sampling_gap = (old - rollout.logprobs[rows]).abs()
             yield MicroBatch(rows, rollout.mask[rows], logprobs, old, loss_weights[rows])
 
     def record(self, batch: MicroBatch, loss: Tensor, **metrics: Tensor) -> None:
         """Adds a micro-batch to the step's metrics: the loss of each token, [b, T], and tensors [b, T] or [b, 1]
         whose mean over all tokens is logged."""
+        gap = (batch.old_logprobs - self.sampled_logprobs[batch.rows]).abs()  # [b, T] two ways to compute the same
         counts = {"loss": 1.0, "sampling_logp_difference": self.n_scored_tokens}
         sums = {
             "loss": (loss.detach() * batch.loss_weights).sum(),
-            "sampling_logp_difference": (self.sampling_gap * batch.mask).sum(),
+            "sampling_logp_difference": (gap * batch.mask).sum(),
         }
         for name, value in metrics.items():
             counts[name] = self.n_tokens
