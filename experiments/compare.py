@@ -6,7 +6,7 @@
     python experiments/compare.py --only methods --settings long --seeds 5 10   only these settings, and seeds 5 to 9
     python experiments/tables.py parts gtpo         prints the tables
 
-plan.py lists the questions, runs.py runs what they ask for, and tables.py and figures.py show the data.
+plan.py lists the questions, training_runs.py runs what they ask for, and tables.py and figures.py show the data.
 
 Exit status: 0 done; 1 some runs failed: they are named, and the rest is written; 2 wrong options; 130, 143 stopped.
 """
@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(ROOT))
 
 import figures
-import runs
+import training_runs
 from cost import cost
 from data_files import read_rows, write_rows
 from plan import METHODS, QUESTIONS
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None, out: Path = HERE) -> int:
     parser.add_argument("--quick", action="store_true", help="the methods on countdown and easy, 3 seeds")
     questions = [*QUESTIONS, "cost"]
     parser.add_argument("--only", nargs="+", choices=questions, metavar="QUESTION", help=", ".join(questions))
-    settings = list(runs.SETTINGS)
+    settings = list(training_runs.SETTINGS)
     parser.add_argument("--settings", nargs="+", choices=settings, metavar="SETTING", help=", ".join(settings))
     parser.add_argument("--seeds", nargs=2, type=int, metavar=("FIRST", "STOP"), help="seeds FIRST to STOP - 1")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="runs at a time [cores]")
@@ -89,9 +89,11 @@ def main(argv: list[str] | None = None, out: Path = HERE) -> int:
         seeds = range(*args.seeds) if args.seeds else range(3 if args.quick else n_seeds)
         for setting, method, options in planned:
             if setting in settings:
-                wanted += [(question, runs.planned_run(setting, method, options, seed), options) for seed in seeds]
+                wanted += [
+                    (question, training_runs.planned_run(setting, method, options, seed), options) for seed in seeds
+                ]
     unique_runs = list(dict.fromkeys(run for _, run, _ in wanted))
-    summaries = runs.execute_all(unique_runs, args.work, args.jobs)
+    summaries = training_runs.execute_all(unique_runs, args.work, args.jobs)
 
     rows = []
     curves = []
@@ -99,14 +101,14 @@ def main(argv: list[str] | None = None, out: Path = HERE) -> int:
     for question, run, options in wanted:
         if run not in summaries:
             continue
-        folder = args.work / runs.name_of(run)
+        folder = args.work / training_runs.name_of(run)
         about = {"question": question, "setting": run.setting, "method": run.method, "variant": variant_of(options)}
         about["seed"] = run.seed
-        rows.append({**about, "options": " ".join(runs.command_line(run.options)), **summaries[run]})
+        rows.append({**about, "options": " ".join(training_runs.command_line(run.options)), **summaries[run]})
         if question == "methods":
-            curves += [{**about, **point} for point in runs.curve(folder)]
+            curves += [{**about, **point} for point in training_runs.curve(folder)]
         if "eval_every" in options:
-            evaluations += [{**about, **point} for point in runs.trajectory(folder)]
+            evaluations += [{**about, **point} for point in training_runs.trajectory(folder)]
     if args.quick:
         rows = update(args.work / "quick.csv.gz", rows)
         files.write_text(args.work / "quick.md", report(rows, [], []))
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None, out: Path = HERE) -> int:
         curves = update(data / "curves.csv.gz", curves)
         evaluations = update(data / "frontier.csv.gz", evaluations)
         if "cost" in asked:
-            write_rows(data / "cost.csv.gz", cost(METHODS, runs.prepare("easy", args.work)[1]))
+            write_rows(data / "cost.csv.gz", cost(METHODS, training_runs.prepare("easy", args.work)[1]))
         figures.draw(rows, curves, evaluations, out)
     failed = len(unique_runs) - len(summaries)
     if failed:

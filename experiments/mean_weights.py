@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))
 
-from runs import sample_countdown
+from training_runs import sample_countdown
 
 import egsw
 from tasks import countdown

@@ -7,7 +7,7 @@ once.
 import itertools
 from typing import Any, NamedTuple
 
-from runs import TOKENS
+from training_runs import TOKENS
 
 ALL = ["countdown", "easy", "trap", "long"]
 COUNTDOWN, *ARITHMETIC = ALL
@@ -16,7 +16,7 @@ NEIGHBOURS = ["more.forking", "more.cov", "more.entropy_advantage", "more.quanti
 
 
 class TableRow(NamedTuple):
-    setting: str  # of SETTINGS in runs.py
+    setting: str  # of SETTINGS in training_runs.py
     method: str  # the module of its script
     options: dict[str, Any]
 

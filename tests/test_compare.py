@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import compare
 import data_files
 import plan
-import runs
 import tables
+import training_runs
 
 from harness import tiny
 
@@ -25,13 +25,13 @@ def work(toy, tmp_path, monkeypatch):
     recipe = json.loads((toy / "manifest.json").read_text())["recipe"]
     recipe = {key: value for key, value in recipe.items() if value != tiny.RECIPE[key]}
     small = dict(max_new_tokens=12, eval_k=2, n_prompts=8)
-    monkeypatch.setitem(runs.SETTINGS, "easy", dict(recipe=recipe, terms=(2, 2), options=small))
-    monkeypatch.setattr(runs, "TOKENS", 600)
-    monkeypatch.setattr(runs, "TRAIN_ROWS", 60)  # there are not many more chains of two terms
-    monkeypatch.setattr(runs, "EVAL_ROWS", 8)
+    monkeypatch.setitem(training_runs.SETTINGS, "easy", dict(recipe=recipe, terms=(2, 2), options=small))
+    monkeypatch.setattr(training_runs, "TOKENS", 600)
+    monkeypatch.setattr(training_runs, "TRAIN_ROWS", 60)  # there are not many more chains of two terms
+    monkeypatch.setattr(training_runs, "EVAL_ROWS", 8)
     rows = plan.product(["easy"], ["grpo", "gtpo"], [{}])
     monkeypatch.setitem(plan.QUESTIONS, "methods", plan.Question(1, rows))
-    monkeypatch.setattr(runs, "start", lambda *arguments: ThisProcess(runs.execute, arguments))
+    monkeypatch.setattr(training_runs, "start", lambda *arguments: ThisProcess(training_runs.execute, arguments))
     shutil.copytree(toy, tmp_path / "work" / "-".join(["base", *(f"{k}={v}" for k, v in recipe.items())]))
     return tmp_path / "work"
 
@@ -69,7 +69,7 @@ def run_folder(path, rewards, entropies):
 
 def test_the_summary_has_the_numbers_of_the_run(tmp_path):
     entropies = [0.5] * 10 + [0.1] * 9 + [0.3]
-    s = runs.summarise(run_folder(tmp_path / "run", [0.5] * 10 + [1.0] * 10, entropies))
+    s = training_runs.summarise(run_folder(tmp_path / "run", [0.5] * 10 + [1.0] * 10, entropies))
     assert (s["steps"], s["tokens"]) == (20, 2000)
     # The mean of 5 steps is 0.8 with 3 of them at 1 and 2 at 0.5: three steps after the tenth.
     assert (s["steps to 0.8"], s["tokens to 0.8"]) == (13, 1300)
@@ -82,14 +82,14 @@ def test_the_summary_has_the_numbers_of_the_run(tmp_path):
 
 
 def test_a_run_that_stays_below_reaches_0_8_never(tmp_path):
-    s = runs.summarise(run_folder(tmp_path / "run", [0.5, 0.9] * 6, [0.1] * 12))
+    s = training_runs.summarise(run_folder(tmp_path / "run", [0.5, 0.9] * 6, [0.1] * 12))
     assert s["steps to 0.8"] is None and s["tokens to 0.8"] is None
     assert tables.first_time([None, None]) == "never"
     assert tables.first_time([20.0, None, 20.0]) == "20 ± 0 (2 of 3 runs)"
 
 
 def test_the_curve_has_points_at_equal_numbers_of_tokens(tmp_path):
-    points = runs.curve(run_folder(tmp_path / "run", [i / 30 for i in range(30)], [0.1] * 30), 3000)
+    points = training_runs.curve(run_folder(tmp_path / "run", [i / 30 for i in range(30)], [0.1] * 30), 3000)
     assert [p["tokens"] for p in points] == [100 * i for i in range(1, 31)]
     assert points[0]["reward"] == 0 and points[-1]["length"] == pytest.approx(295)
 
@@ -115,7 +115,7 @@ def test_p_is_two_sided_and_knows_differences_without_spread():
 
 
 def test_a_table_compares_seed_by_seed(tmp_path):
-    summary = runs.summarise(run_folder(tmp_path / "run", [0.5] * 20, [0.1] * 20))
+    summary = training_runs.summarise(run_folder(tmp_path / "run", [0.5] * 20, [0.1] * 20))
     rows = []
     for method, gain in (("grpo", 0.0), ("gtpo", 0.125)):
         for seed in (0, 1, 2):
@@ -176,26 +176,27 @@ def test_rows_about_the_same_are_replaced_and_are_in_the_order_of_the_plan(tmp_p
 
 
 def test_questions_share_runs_and_every_option_exists():
-    default = runs.planned_run("easy", "egsw", {}, 0)
-    assert runs.planned_run("easy", "egsw", dict(alpha=0.5, weight_temperature=2.0), 0) == default
-    assert runs.planned_run("countdown", "egsw", dict(lr=6e-4), 0) == runs.planned_run("countdown", "egsw", {}, 0)
+    default = training_runs.planned_run("easy", "egsw", {}, 0)
+    assert training_runs.planned_run("easy", "egsw", dict(alpha=0.5, weight_temperature=2.0), 0) == default
+    on_countdown = training_runs.planned_run("countdown", "egsw", {}, 0)
+    assert training_runs.planned_run("countdown", "egsw", dict(lr=6e-4), 0) == on_countdown
     for name, question in plan.QUESTIONS.items():
-        planned = [runs.planned_run(*row, 0) for row in question.rows]
+        planned = [training_runs.planned_run(*row, 0) for row in question.rows]
         assert planned and len(set(planned)) == len(planned), name
 
 
 def test_a_result_stays_valid_when_a_script_gets_a_new_option_or_loses_one(tmp_path):
-    run = runs.planned_run("easy", "grpo", {}, 0)
-    stored = runs.identity(run)
+    run = training_runs.planned_run("easy", "grpo", {}, 0)
+    stored = training_runs.identity(run)
     del stored["config"]["token_budget"]
     stored["config"]["an option that is gone"] = 1
-    folder = tmp_path / runs.name_of(run)
+    folder = tmp_path / training_runs.name_of(run)
     folder.mkdir()
     (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
-    assert runs.finished(run, tmp_path) == {"steps": 1}
+    assert training_runs.finished(run, tmp_path) == {"steps": 1}
     stored["config"]["clip_low"] = 0.3
     (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
-    assert runs.finished(run, tmp_path) is None
+    assert training_runs.finished(run, tmp_path) is None
 
 
 @pytest.mark.slow
@@ -218,14 +219,14 @@ def test_runs_are_made_once_until_their_options_change(work, tmp_path, monkeypat
     assert compare.main(["--quick", "--seeds", "0", "1", "--work", str(work)], out) == 0
     assert "| grpo | 1 |" in (work / "quick.md").read_text()
 
-    planned = [runs.planned_run("easy", method, {}, 0) for method in ("grpo", "gtpo")]
-    monkeypatch.setattr(runs, "TOKENS", 601)
-    assert all(runs.finished(run, work) is None for run in planned)
-    monkeypatch.setattr(runs, "TOKENS", 600)
+    planned = [training_runs.planned_run("easy", method, {}, 0) for method in ("grpo", "gtpo")]
+    monkeypatch.setattr(training_runs, "TOKENS", 601)
+    assert all(training_runs.finished(run, work) is None for run in planned)
+    monkeypatch.setattr(training_runs, "TOKENS", 600)
     # An interrupted run starts again and gives the same numbers. A run that fails does not stop the other.
-    (work / runs.name_of(planned[0]) / "summary.json").unlink()
-    bad = runs.planned_run("easy", "gtpo", dict(alpha2=-1.0), 0)
-    summaries = runs.execute_all([planned[0], bad], work, 2)
+    (work / training_runs.name_of(planned[0]) / "summary.json").unlink()
+    bad = training_runs.planned_run("easy", "gtpo", dict(alpha2=-1.0), 0)
+    summaries = training_runs.execute_all([planned[0], bad], work, 2)
     assert list(summaries) == [planned[0]] and summaries[planned[0]]["steps"] == rows[0]["steps"]
     assert "gtpo-alpha2=-1.0-seed=0: FAILED (exit status 2)" in capfd.readouterr().err
 
@@ -235,15 +236,15 @@ def test_a_forked_run_gives_what_the_script_gives_by_itself(toy, tmp_path, monke
     """Through the real server of processes."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small = dict(eval_k=2, eval_rows=4, max_new_tokens=9, stop_tokens=300)
-    run = runs.PlannedRun("easy", "grpo", tuple(small.items()), 0)
-    process = runs.start(run, tmp_path, ["--model", str(toy)])
+    run = training_runs.PlannedRun("easy", "grpo", tuple(small.items()), 0)
+    process = training_runs.start(run, tmp_path, ["--model", str(toy)])
     process.join()
     assert process.exitcode == 0
-    folder = tmp_path / runs.name_of(run)
+    folder = tmp_path / training_runs.name_of(run)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     call(monkeypatch, "grpo", "--model", str(toy), "--out", str(tmp_path), "--steps", "1000", "--name", "alone",
-         *runs.command_line(small.items()))  # fmt: skip
+         *training_runs.command_line(small.items()))  # fmt: skip
     torch.set_num_threads(threads)
     for name in ("metrics.jsonl", "eval.json"):
         assert (folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

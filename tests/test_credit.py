@@ -18,7 +18,7 @@ NASTY = [
     "</script><script>alert(1)</script>",
     "<!--",
     "&amp;",
-    "{{content}}",
+    "</body>",
     r"$\frac$",
     "\n",
     "  ",
@@ -84,15 +84,12 @@ def test_the_picture_holds_the_numbers_of_its_group_right_ones_first():
     assert shown["answer"] == "7"
 
 
-def test_the_group_nearest_to_half_right_is_drawn():
+def test_the_group_nearest_to_half_right_is_chosen():
     group = torch.arange(3).repeat_interleave(4)
     assert credit.choose(torch.tensor([1.0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 0]), group) == 1
     assert credit.choose(torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]), group) == 2
     assert credit.choose(torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]), group) is None
-
-
-def test_the_harder_prompt_of_the_page_is_another_one_that_has_both_outcomes():
-    group = torch.arange(3).repeat_interleave(4)
+    # and the page shows another one that is harder
     rewards = torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0])
     assert credit.choose(rewards, group, share=0.2, without=2) == 1
     assert credit.choose(rewards, group, share=0.2, without=1) == 2
@@ -131,16 +128,6 @@ def test_text_cannot_become_markup():
     assert stored["tasks"][0]["groups"][0]["rows"][0]["text"] == list(texts)
     # and the script of the page writes it as text only
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", written)
-
-
-def test_the_page_knows_each_option_of_the_credit_with_the_scripts_defaults():
-    listed = credit.method_options()
-    assert list(listed) == ["grpo", "dapo", "egsw", "gtpo", "grpo_s"]
-    for method in credit.SCRIPTS.values():
-        config = method.Config()
-        for option in listed[method.__name__]:
-            assert option["default"] == getattr(config, option["name"])
-            assert not option["choices"] or option["default"] in option["choices"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from experiments import credit
 
 PAGE = ROOT / "docs" / "explorer.html"
 METHODS = list(SCRIPTS)
-CASES = 300  # random batches for each method
+CASES = 100  # random batches for each method
 
 
 def scripts_of(page):
@@ -186,10 +186,10 @@ def test_functions_have_the_names_order_arguments_and_defaults_of_the_scripts(ja
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_the_template_with_todays_options():
+def test_the_page_has_todays_options():
     page = PAGE.read_text(encoding="utf-8")
     stored = content_of(page)
-    assert page == credit.page(stored["tasks"]), "make docs/explorer.html again; experiments/credit.py says how"
+    assert page == credit.page(stored["tasks"]), "stale: run python docs/build.py"
     assert len(page.encode()) <= 400_000
     assert {len(task["groups"]) for task in stored["tasks"]} == {2}
 
@@ -197,11 +197,9 @@ def test_the_page_is_the_template_with_todays_options():
 # --- a reader at the page ---------------------------------------------------------------------------------------------
 
 
-def visit(browser, width=1280, height=900, scheme="light"):
+def visit(browser, width=1280, height=900):
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 800}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(PAGE.as_uri())
 
 
@@ -273,109 +271,11 @@ def test_every_preset_shows_what_its_sentence_says(browser):
 
 
 @pytest.mark.slow
-def test_a_slider_a_drag_and_a_switch_act_at_once(browser):
-    from selenium.webdriver import ActionChains, Keys
-
-    visit(browser)
-    before = means(browser, "egsw")
-    slider = all_of(browser, "#egsw-weight_temperature")[0]
-    slider.send_keys(Keys.END)
-    assert means(browser, "egsw") == pytest.approx(means(browser, "grpo"), abs=0.011) != before
-    assert all_of(browser, "#command")[0].text == "python egsw.py --weight-temperature 1000"
-    assert "held" not in all_of(browser, "#token-line")[0].text
-
-    click(browser, "#presets button", "As sampled")
-    first = all_of(browser, ".completion:first-child .token")
-    token = min(first, key=lambda token: float(token.get_attribute("aria-valuenow")))
-    bar = token.find_element("css selector", ".skyline")
-    entropy, credit_before = float(token.get_attribute("aria-valuenow")), means(browser, "egsw")
-    ActionChains(browser).click_and_hold(bar).move_by_offset(0, -20).release().perform()
-    assert float(token.get_attribute("aria-valuenow")) > entropy + 0.5
-    assert means(browser, "egsw") != credit_before
-    assert "edited" in token.get_attribute("class")
-
-    n_right = len(all_of(browser, '.outcome[aria-checked="true"]'))
-    all_of(browser, ".outcome")[0].click()
-    assert len(all_of(browser, '.outcome[aria-checked="true"]')) == n_right - 1
-
-
-@pytest.mark.slow
-def test_the_page_is_used_by_keyboard_alone(browser):
-    from selenium.webdriver import ActionChains, Keys
-
-    visit(browser)
-
-    def press(*keys):
-        ActionChains(browser).send_keys(*keys).perform()
-
-    def focus():
-        return browser.switch_to.active_element
-
-    for _ in range(80):
-        press(Keys.TAB)
-        if focus().get_attribute("class").startswith("outcome"):
-            break
-        outline = focus().value_of_css_property("outline-style")
-        assert outline != "none", f"no visible focus on {focus().get_attribute('outerHTML')[:80]}"
-    press(Keys.SPACE)
-    assert focus().text == "wrong"
-    press(Keys.TAB, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    token = focus()
-    assert token.get_attribute("data-t") == "2"
-    assert token.find_element("css selector", "b").value_of_css_property("outline-style") != "none"
-    entropy = float(token.get_attribute("aria-valuenow"))
-    press(Keys.PAGE_UP)
-    assert float(token.get_attribute("aria-valuenow")) == pytest.approx(entropy + 0.5)
-    assert "token 3 of" in all_of(browser, "#token-line")[0].text
-    press(Keys.DELETE)
-    assert float(token.get_attribute("aria-valuenow")) == entropy
-    press(Keys.END)
-    assert int(focus().get_attribute("data-t")) == len(all_of(browser, ".completion:first-child .token")) - 1
-
-
-def contrast(a, b):
-    """The WCAG contrast ratio of two CSS colours such as rgb(27, 29, 34)."""
-
-    def luminance(colour):
-        channels = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_the_page_fits_reads_well_and_reports_no_error(browser, width, height, scheme):
-    visit(browser, width, height, scheme)
+def test_the_page_fits_the_screen_loads_nothing_and_reports_no_error(browser, width, height):
+    visit(browser, width, height)
     for k in range(len(all_of(browser, "#prompts button"))):
         browser.execute_script("arguments[0].click()", all_of(browser, "#prompts button")[k])
         assert value(browser, "document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
-    page = all_of(browser, "body")[0].value_of_css_property("background-color")
-    assert (contrast(page, "rgb(0, 0, 0)") > 10) == (scheme == "light")
-    for selector in ("h1", ".lede", "#finding", "#where", ".size", ".token.fork b"):
-        element = all_of(browser, selector)[0]
-        behind = element.value_of_css_property("background-color")
-        behind = page if behind.endswith(", 0)") else behind
-        assert contrast(element.value_of_css_property("color"), behind) >= 4.5, selector
     assert value(browser, "performance.getEntriesByType('resource').length") == 0
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
-
-
-@pytest.mark.slow
-def test_on_a_phone_options_and_formula_share_the_lower_edge(browser):
-    from selenium.webdriver import Keys
-
-    visit(browser, 390, 844)
-    options, formula = all_of(browser, "#controls")[0], all_of(browser, "#formula")[0]
-    assert not options.is_displayed() and not formula.is_displayed()
-    click(browser, ".sheet-tabs button", "Options")
-    assert options.is_displayed() and not formula.is_displayed()
-    before = means(browser, "egsw")
-    all_of(browser, "#egsw-alpha")[0].send_keys(Keys.END)
-    assert means(browser, "egsw") != before
-    click(browser, ".sheet-tabs button", "Formula")
-    assert formula.is_displayed() and not options.is_displayed()
-    assert "--alpha 3" in formula.text

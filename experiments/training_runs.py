@@ -177,7 +177,7 @@ def start(run: PlannedRun, work: Path, inputs: list[str]):
     """Starts a run in a process of its own."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runs", "transformers.models.qwen3", "datasets", "grpo"])
+    context.set_forkserver_preload(["training_runs", "transformers.models.qwen3", "datasets", "grpo"])
     process = context.Process(target=execute, args=(run, work, inputs))
     process.start()
     return process
