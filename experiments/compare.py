@@ -89,9 +89,8 @@ def main(argv: list[str] | None = None, out: Path = HERE) -> int:
         seeds = range(*args.seeds) if args.seeds else range(3 if args.quick else n_seeds)
         for setting, method, options in planned:
             if setting in settings:
-                wanted += [
-                    (question, training_runs.planned_run(setting, method, options, seed), options) for seed in seeds
-                ]
+                for seed in seeds:
+                    wanted.append((question, training_runs.planned_run(setting, method, options, seed), options))
     unique_runs = list(dict.fromkeys(run for _, run, _ in wanted))
     summaries = training_runs.execute_all(unique_runs, args.work, args.jobs)
 

@@ -22,47 +22,20 @@ def test_totals_may_grow_as_large_as_they_need():
     assert countdown.reward("30*29=870\n870-28=842", {"numbers": [28, 29, 30], "target": 842}) == 1.0
 
 
-@pytest.mark.parametrize(
-    "completion",
-    [
-        "",  # nothing
-        "29",  # the target, copied
-        "=29",
-        "29=29",
-        "3 12 7=29?",  # the question, copied
-        "12*3=29\n29-7=29",  # wrong arithmetic that ends in the target
-        "12*3=36\n36-7=28",
-        "12*3=36\n36-7=029",
-        "12*3=36\n36+7=29",
-        "12-7=5\n5*3=29",
-        "12*3=36",  # not all numbers
-        "12+7=19",
-        "12+12=24\n24+5=29",  # a number twice, or one that is not given
-        "12*3=36\n36-7=29\n29*1=29",
-        "29+0=29\n29+0=29",
-        "22+7=29",
-        "12*3=36\n35-6=29",  # a total that does not go on from the last one
-        "36-7=29\n12*3=36",  # the steps in the wrong order
-        "12*3=36\n36-7=29\n",  # text before, behind and between
-        "12*3=36\n\n36-7=29",
-        " 12*3=36\n36-7=29",
-        "12*3=36\n36-7=29 ",
-        "12*3=36\n36-7=29#29",
-        "so: 12*3=36\n36-7=29",
-        "12*3=36;36-7=29",
-        "12 * 3 = 36\n36 - 7 = 29",
-        "12*3=36\r\n36-7=29",
-        "12*3-7=29",  # not one step a line
-        "12*3=36-7=29",
-        "-12*-3=36\n36-7=29",  # signs
-        "+12*3=36\n36-7=29",
-        "12x3=36\n36-7=29",
-        "12/3=4\n4*7=28",
-        "１２*3=36\n36-7=29",  # digits of another script
-        "12*3=36\n36-7=29<eos>",
-        f"12*3={'9' * 5000}\n36-7=29",  # too long to be an int
-    ],
-)
+@pytest.mark.parametrize("completion", [
+    "", "29", "=29", "29=29", "3 12 7=29?",  # nothing, the target, the question
+    "12*3=29\n29-7=29", "12*3=36\n36-7=28", "12*3=36\n36-7=029", "12*3=36\n36+7=29",  # wrong arithmetic
+    "12-7=5\n5*3=29", "12/3=4\n4*7=28",
+    "12*3=36", "12+7=19", "22+7=29",  # not all numbers
+    "12+12=24\n24+5=29", "12*3=36\n36-7=29\n29*1=29", "29+0=29\n29+0=29",  # a number twice, or one that is not given
+    "12*3=36\n35-6=29", "36-7=29\n12*3=36",  # a total that does not go on from the last one; the wrong order
+    "12*3=36\n36-7=29\n", "12*3=36\n\n36-7=29", " 12*3=36\n36-7=29", "12*3=36\n36-7=29 ",  # text around it
+    "12*3=36\n36-7=29#29", "so: 12*3=36\n36-7=29", "12*3=36\n36-7=29<eos>",
+    "12*3=36;36-7=29", "12 * 3 = 36\n36 - 7 = 29", "12*3=36\r\n36-7=29", "12x3=36\n36-7=29",  # another notation
+    "12*3-7=29", "12*3=36-7=29",  # not one step a line
+    "-12*-3=36\n36-7=29", "+12*3=36\n36-7=29", "１２*3=36\n36-7=29",  # signs, digits of another script
+    f"12*3={'9' * 5000}\n36-7=29",  # too long to be an int
+])  # fmt: skip
 def test_a_hacked_completion_earns_nothing(completion):
     assert countdown.reward(completion, ROW) == 0.0
 

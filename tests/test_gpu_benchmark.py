@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,24 +57,6 @@ def test_a_row_that_fails_says_why_and_the_next_ones_go_on(monkeypatch, tmp_path
     assert rows["decoding"]["note"] == "failed: ValueError: broken\non purpose"
     assert "| decoding |  | failed: ValueError: broken on purpose |" in table
     assert rows["egsw"]["value"] is None and rows["log-probs and entropy, 64 x 64: naive"]["value"] > 0
-
-
-def test_the_row_of_liger_names_what_ran_or_why_it_cannot_be_loaded(monkeypatch):
-    class Kernel:
-        """Stands for a function of Liger."""
-
-    def not_installed(device):
-        raise ImportError("needs another package")
-
-    module = SimpleNamespace(_resolve_implementation=lambda device: Kernel)
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_scaled_cross_entropy", module)
-    monkeypatch.setattr(gpu, "installed", lambda package: "1.0")
-    monkeypatch.setattr(gpu, "head_liger", gpu.head_naive)
-    rows = gpu.measure_logprobs("Liger", gpu.TINY, torch.device("cpu"))
-    assert rows[0]["row"].endswith("Liger (Kernel)")
-    module._resolve_implementation = not_installed
-    with pytest.raises(gpu.NotMeasured, match="needs another package"):
-        gpu.measure_logprobs("Liger", gpu.TINY, torch.device("cpu"))
 
 
 def test_lora_is_left_out_without_peft(monkeypatch):
