@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from training_runs import TOKENS
 
-ALL = ["countdown", "easy", "trap", "long"]
-COUNTDOWN, *ARITHMETIC = ALL
+COUNTDOWN = "countdown"
+ARITHMETIC = ["easy", "trap", "long"]
 METHODS = ["grpo", "dapo", "egsw", "gtpo", "grpo_s"]
 NEIGHBOURS = ["more.forking", "more.cov", "more.entropy_advantage", "more.quantile", "more.cispo"]
 
