@@ -1,7 +1,7 @@
 """GRPO with changes that need no entropy, or that use it in the plainest way: what EGSW is compared with.
 
-    python experiments/controls.py --wrong-scale 0.3 [options of grpo.py]
-    python experiments/controls.py --help
+    python experiments/grpo_controls.py --wrong-scale 0.3 [options of grpo.py]
+    python experiments/grpo_controls.py --help
 
 --right-scale and --wrong-scale multiply the advantages of right and of wrong completions: EGSW also gives right ones
 more weight. --hard-power h multiplies the advantages of a group by ((1 - p) / p)^(h / 2), where p is the share of its
