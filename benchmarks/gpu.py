@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common
+import harness.model
 import verifier
 from benchmarks.bench import head_naive, head_ours, head_trl, installed
-from harness import cuda_graphs, data, tiny
+from harness import cuda_graphs, tiny
 from harness.run import Run
 
 LIMIT = 7.5 * 60  # seconds; later rows are left out
@@ -230,7 +231,7 @@ def measure_script(size: Size, device: torch.device, name: str, *options: str) -
 
     grades = iter([(1.0, "correct"), (0.0, "wrong")] * 10**6)
     replaced = [
-        (data, "load_model", load_model),
+        (harness.model, "load_model", load_model),
         (verifier, "grade", lambda *_: next(grades)),
         (Run, "save", lambda run: None),  # gigabytes of random weights
         (Run, "write_model", lambda run, *_: None),

@@ -49,6 +49,7 @@ import gtpo
 import verifier
 from common import Rollout
 from harness import data, tiny
+from harness.model import load_model
 from harness.options import RunConfig, add_option, bounded, fail, resolve_defaults
 from harness.rewards import RewardError
 from harness.trainer import Trainer
@@ -59,8 +60,8 @@ BEGIN = '<script type="application/json" id="content">'  # the content follows, 
 
 # The options of a run that decide what is sampled.
 SAMPLING = [
-    "model", "trust_remote_code", "dataset", "question_column", "answer_column", "reward", "system", "prompt_template",
-    "max_prompt_tokens", "n_prompts", "group_size", "max_new_tokens", "temperature", "seed",
+    "model", "trust_remote_code", "dataset", "splits", "question_column", "answer_column", "reward", "system",
+    "prompt_template", "max_prompt_tokens", "n_prompts", "group_size", "max_new_tokens", "temperature", "seed",
 ]  # fmt: skip
 SCRIPTS = {"GRPO": grpo, "DAPO": dapo, "EGSW": egsw, "GTPO": gtpo, "GRPO-S": grpo_s}
 FORK = 0.35  # nats. A token of at least this entropy is called a fork; to choose by a fair coin has 0.69.
@@ -112,7 +113,7 @@ def sample(cfg: RunConfig) -> tuple[Rollout, object]:
     """What the first step of a run with these options samples and verifies, and the tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = cfg.model or str(tiny.base(Path("runs/tiny-base")))
-    model, tokenizer = data.load_model(source, device, cfg.trust_remote_code)
+    model, tokenizer = load_model(source, device, cfg.trust_remote_code)
     resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
     problems, _ = data.load_problems(cfg)
     trainer = Trainer(cfg, model, tokenizer, data.encode(cfg, model, tokenizer, problems), source)

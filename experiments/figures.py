@@ -18,7 +18,7 @@ from tables import FRONTIERS, frontier_points, frontier_rows, largest_k, lines_o
 COLOURS = {
     "grpo": "#4c72b0", "dapo": "#dd8452", "egsw": "#55a868", "gtpo": "#c44e52", "grpo_s": "#8172b3",
     "egsw step_wise=False": "#1f6b3a", "forking": "#937860", "cov": "#da8bc3", "entropy_advantage": "#8c8c8c",
-    "quantile": "#ccb974", "cispo": "#64b5cd", "cov kind=kl": "#8c4c7c",
+    "quantile": "#ccb974", "cispo": "#64b5cd", "cov variant=kl": "#8c4c7c",
     "grpo reduction=token minibatches=4": "#26487a",
 }  # fmt: skip
 

@@ -54,11 +54,12 @@ MATCHED = dict(right_scale=1.8, wrong_scale=0.65)
 
 # Readings of GTPO's equations.
 READINGS = [
-    {}, dict(normalize="own"), dict(compare="row"), dict(compare="matrix"), dict(compare="row", mean="geometric"),
+    {}, dict(normalize_over="outcome"), dict(entropy_baseline="row"), dict(entropy_baseline="matrix"),
+    dict(entropy_baseline="row", entropy_mean="geometric"),
     dict(alpha2=0.0), dict(alpha2=0.05), dict(alpha2=0.2), dict(alpha2=0.5), dict(alpha1=0.9, alpha2=0.1),
 ]  # fmt: skip
-BATCH = [dict(scope="batch") | reading for reading in READINGS]
-GROUP = [dict(scope="group") | reading for reading in READINGS]
+BATCH = [dict(compare_over="batch") | reading for reading in READINGS]
+GROUP = [dict(compare_over="group") | reading for reading in READINGS]
 
 # The advantages that EGSW can weigh, each with the mean of its paper.
 FORMS = [
@@ -75,7 +76,7 @@ def of_more(setting: str, of_grpo: dict, of_the_rest: dict) -> list[TableRow]:
         TableRow(setting, "grpo", of_grpo),
         TableRow(setting, "grpo", FOUR_UPDATES | of_the_rest),
         *product([setting], NEIGHBOURS, [of_the_rest]),
-        TableRow(setting, "more.cov", dict(kind="kl") | of_the_rest),
+        TableRow(setting, "more.cov", dict(variant="kl") | of_the_rest),
     ]
 
 
@@ -109,7 +110,7 @@ QUESTIONS = {
     ]),
     "gtpo_terms": Question(5, on_countdown(
         "gtpo", OFTEN, dict(alpha2=0.0), dict(alpha2=0.5), dict(alpha2=1.0), dict(entropy_min=0.1),
-        dict(scope="batch"), dict(scope="batch", alpha2=0.0),
+        dict(compare_over="batch"), dict(compare_over="batch", alpha2=0.0),
     )),
     "grpo_s_terms": Question(5, on_countdown(
         "grpo_s", OFTEN, dict(beta2=0.0), dict(beta2=0.5), dict(beta2=1.0), dict(entropy_min=0.1),
@@ -128,7 +129,7 @@ QUESTIONS = {
         *on_countdown("grpo", FOUR_UPDATES | SLOW, TOKEN_MEAN | dict(minibatches=1) | SLOW),
         *on_countdown("more.forking", *(dict(rho=rho) | SLOW for rho in (0.2, 0.1, 0.5))),
         *on_countdown("more.cov", *(dict(share=share) | SLOW for share in (2e-4, 0.01, 0.05))),
-        *on_countdown("more.cov", *(dict(kind="kl", share=share) | SLOW for share in (2e-4, 0.01, 0.05))),
+        *on_countdown("more.cov", *(dict(variant="kl", share=share) | SLOW for share in (2e-4, 0.01, 0.05))),
         *on_countdown("more.entropy_advantage", *(dict(alpha=alpha) | SLOW for alpha in (0.4, 0.1, 1.6))),
         *on_countdown("more.quantile", *(dict(quantile=quantile) | SLOW for quantile in (0.4, 0.2, 0.6))),
         *on_countdown("more.cispo", *(dict(clip_high=clip_high) | SLOW for clip_high in (4.0, 0.28, 1.0))),
@@ -136,7 +137,7 @@ QUESTIONS = {
     "gtpo": Question(3, [
         *product(ARITHMETIC, ["gtpo"], BATCH),
         *product(["easy", "long"], ["gtpo"], GROUP),
-        TableRow("trap", "gtpo", dict(scope="group")),
+        TableRow("trap", "gtpo", dict(compare_over="group")),
     ]),
     "egsw": Question(3, [  # the runs that end in short guesses take many steps, so they cost most
         *product(["easy"], ["egsw"], grid(
@@ -154,7 +155,7 @@ QUESTIONS = {
         *product(["easy"], ["egsw"], [form | weights for form in FORMS for weights in WEIGHTS]),
     ]),
     "grpo_s": Question(3, product(
-        ["easy"], ["grpo_s"], grid(minibatches=[1, 4, 16], ratio=["geometric", "arithmetic"]),
+        ["easy"], ["grpo_s"], grid(minibatches=[1, 4, 16], ratio_mean=["geometric", "arithmetic"]),
     )),
     # The defaults of the scripts differ in more than the method. These two questions remove one difference at a time.
     "updates": Question(3, [

@@ -115,7 +115,9 @@ def tables(rows: list[dict], question: str) -> str:
     text = ""
     if len(settings) > 1:
         names = dict.fromkeys(name for lines in settings.values() for name in lines)
-        cells = []
+        first = [next(iter(lines.values())) for lines in settings.values()]  # all lines start from the same base
+        before = [statistics.fmean(row[f"before mean@{largest_k(row)}"] for row in some) for some in first]
+        cells = [["before", *(f"{mean:.3f}" for mean in before)]]
         for name in names:
             found = [lines.get(name, []) for lines in settings.values()]
             means = [interval([row[f"after mean@{largest_k(row)}"] for row in some]) if some else "" for some in found]

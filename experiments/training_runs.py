@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import common
-from harness import data, files, tiny
+from harness import files, tiny
+from harness.model import load_model, stop_ids
 from tasks import countdown
 
 TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
@@ -269,11 +270,11 @@ def summarise(folder: Path) -> dict:
 
 def sample_countdown(model_folder: str, rows: list[dict], group_size: int) -> tuple[common.Rollout, list[str]]:
     """Completions of these Countdown questions, group_size of each, as a Rollout and as text. The same every time."""
-    model, tokenizer = data.load_model(model_folder, torch.device("cpu"))
+    model, tokenizer = load_model(model_folder, torch.device("cpu"))
     prompts = tokenizer([row["question"] for row in rows])["input_ids"]
     T = countdown.MAX_NEW_TOKENS
     uniforms = torch.rand(len(rows) * group_size, T, generator=torch.Generator().manual_seed(0))
-    rollout = common.sample(model, prompts, group_size, T, data.stop_ids(model, tokenizer), uniforms)
+    rollout = common.sample(model, prompts, group_size, T, stop_ids(model, tokenizer), uniforms)
     texts = []
     for ids, length in zip(rollout.completion_ids, rollout.completion_lengths().long(), strict=True):
         texts.append(tokenizer.decode(ids[:length], skip_special_tokens=True))
