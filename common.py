@@ -209,13 +209,14 @@ def growing_layer():
     return GrowingLayer
 
 
-def growing_cache(model):
-    """An empty key-value cache for decoding without gradients. Its full-attention layers grow in place. Others, such as
-    sliding windows and linear attention, stay as transformers made them, because they hold a fixed number of states."""
+def new_cache(model, in_place: bool):
+    """An empty key-value cache. in_place: full-attention layers grow in place, which is fast, but allows no gradients.
+    Other layers (sliding windows, linear attention) stay as they are, because they do not grow without limit."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = keys_like_values(DynamicCache)(config=model.config)
-    cache.layers = [growing_layer()() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if in_place:
+        cache.layers = [growing_layer()() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -225,27 +226,23 @@ def cache_argument(decoder_class) -> str:
     return "cache" if "cache" in inspect.signature(decoder_class.forward).parameters else "past_key_values"
 
 
-def hidden_states(model, cache, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-    """The decoder's last hidden states [n, k, D] of the new tokens ids [n, k]; the cache grows by them.
-    attention [n, all tokens so far], 0 on padding; positions [n, k]."""
+def run_decoder(model, cache, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states [n, k, D] after the new tokens ids [n, k]; the cache grows by them. attention [n, tokens so far]"""
     inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions, "use_cache": True}
     inputs[cache_argument(model.base_model.__class__)] = cache
     return model.base_model(**inputs).last_hidden_state
 
 
-def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts padded on the left, so that all end in the same column: ids, attention (0 on padding, else 1) and
-    positions, three [Q, P]."""
-    P = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (P - len(prompt)) + prompt for prompt in prompts], device=device)
-    attention = torch.tensor([[0] * (P - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return ids, attention, (attention.cumsum(1) - 1).clamp(min=0)
-
-
-def prefill(model, cache, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Fills an empty cache with the prompts. Returns their last hidden states [Q, D], and their attention [Q, P]."""
-    ids, attention, positions = left_padded(prompts, model.device)
-    return hidden_states(model, cache, ids, attention, positions)[:, -1], attention
+def prefill(model, cache, prompt_ids: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs the decoder on prompts [Q, P], right-padded, of these lengths [Q], which fills the empty cache. It pads them
+    on the left, so that all end in the same column. Returns their last hidden states [Q, D], and the attention mask
+    [Q, P] (0 on padding)."""
+    P = int(prompt_lengths.max())
+    positions = torch.arange(P, device=prompt_ids.device) - (P - prompt_lengths[:, None])  # [Q, P] negative on padding
+    attention = (positions >= 0).long()
+    positions = positions.clamp(min=0)
+    ids = prompt_ids.gather(1, positions) * attention
+    return run_decoder(model, cache, ids, attention, positions)[:, -1], attention
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -306,11 +303,11 @@ def sample(
     eos = torch.tensor(eos_ids, device=model.device)
     rows = torch.arange(len(rollout), device=model.device)  # [b] the unfinished rows
     node = rollout.group  # [b] the node of each unfinished row
-    lengths = rollout.prompt_lengths[::group_size]  # [n] prompt tokens of each node
+    lengths = rollout.prompt_lengths[::group_size]  # [n] prompt tokens of each node; at first, one a prompt
 
     with autocast(model.device), torch.inference_mode():
-        cache = growing_cache(model)
-        hidden, attention = prefill(model, cache, prompts)  # [n, D], [n, P]
+        cache = new_cache(model, in_place=True)
+        hidden, attention = prefill(model, cache, rollout.prompt_ids[::group_size], lengths)  # [n, D], [n, P]
         P = attention.shape[1]
         attention = torch.nn.functional.pad(attention, (0, T), value=1)  # [n, P + T]
         for t in range(T):
@@ -344,7 +341,7 @@ def sample(
                 new_ids = torch.zeros_like(lengths).index_put((parent,), new_ids)  # 0 for nodes without rows
             # 4) Run the decoder on the new tokens.
             seen = attention[:, : P + t + 1]
-            hidden = hidden_states(model, cache, new_ids[:, None], seen, (lengths + t)[:, None])[:, -1]
+            hidden = run_decoder(model, cache, new_ids[:, None], seen, (lengths + t)[:, None])[:, 0]
     return rollout
 
 
@@ -402,56 +399,99 @@ class HeadLogprobs(torch.autograd.Function):
             h = hidden[chunk].to(ctx.dtype)
             g = g_logprob[chunk, None]
             z, slope = logits_and_slope(h, weight_lowp, bias_lowp, *ctx.factors)
-            z.sub_(logsumexp[chunk, None])  # now log p
+            log_p = z.sub_(logsumexp[chunk, None])
             if g_entropy is None:
-                z.exp_().mul_(-g)  # now -g p
+                dz = log_p.exp_().mul_(-g)  # -g p
             else:
-                p = z.exp()
-                z.clamp_(min=-1e30).add_(entropy[chunk, None])
-                z.mul_(g_entropy[chunk, None]).add_(g).mul_(p).neg_()  # now -p (g + g_H (log p + H))
-            # z is now dL/dz: at the target, g is added
-            z.scatter_add_(1, targets[chunk, None], g)
-            # z is now dL/d(hidden W^T + b): back through temperature, soft cap and scale
-            if scale != temperature:
-                z.mul_(scale / temperature)
+                p = log_p.exp()
+                log_p_plus_H = log_p.clamp_(min=-1e30).add_(entropy[chunk, None])
+                dz = log_p_plus_H.mul_(g_entropy[chunk, None]).add_(g).mul_(p).neg_()  # -p (g + g_H (log p + H))
+            dz.scatter_add_(1, targets[chunk, None], g)  # g onehot
+            # Back through temperature, soft cap and scale: from z to y = hidden W^T + b.
+            dy = dz if scale == temperature else dz.mul_(scale / temperature)
             if slope is not None:
-                z.mul_(slope)
-            z = z.to(ctx.dtype)
-            d_hidden[chunk] = (z @ weight_lowp).to(d_hidden.dtype)  # dz W
-            # d_weight += dz^T hidden; addmm_ adds in place, but needs equal types
+                dy.mul_(slope)
+            dy = dy.to(ctx.dtype)
+            d_hidden[chunk] = (dy @ weight_lowp).to(d_hidden.dtype)
             if d_weight is not None and ctx.dtype == d_weight.dtype:
-                d_weight.addmm_(z.T, h)
+                d_weight.addmm_(dy.T, h)  # without a second tensor of this size; it needs equal types
             elif d_weight is not None:
-                d_weight += z.T @ h
+                d_weight += dy.T @ h
             if d_bias is not None:
-                d_bias += z.sum(0)
+                d_bias += dy.sum(0)
         return d_hidden, d_weight, d_bias, None, None, None, None, None
+
+
+def shares_prompts(model) -> bool:
+    """Whether a prompt can run once for all its completions, with gradients: the model keeps keys and values alone.
+    Linear attention overwrites its state in place, and gradient checkpointing turns the cache off."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=model.config).layers
+    keeps_all = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return keeps_all and not checkpointing
+
+
+def hidden_of_whole_rows(model, prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, mask: Tensor):
+    """The hidden state before each completion token [B, T', D]; T': the longest completion. The decoder runs on rows of
+    prompt, completion and padding. It needs no attention mask, because causal attention never looks at the padding on
+    the right, and without a mask the fast kernels can run."""
+    n_tokens = mask.sum(1).long()
+    column = torch.arange(int((prompt_lengths + n_tokens).max()), device=mask.device)  # [L]
+    t = column - prompt_lengths[:, None]  # [B, L] position in the completion; negative inside the prompt
+    from_prompt = prompt_ids[:, column.clamp(max=prompt_ids.shape[1] - 1)]  # [B, L]
+    from_completion = completion_ids.gather(1, t.clamp(0, completion_ids.shape[1] - 1))  # [B, L]
+    ids = torch.where(t < 0, from_prompt, from_completion)  # [B, L]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
+    before = prompt_lengths[:, None] - 1 + torch.arange(int(n_tokens.max()), device=mask.device)  # [B, T']
+    before = before.clamp(max=len(column) - 1)[:, :, None].expand(-1, -1, hidden.shape[2])
+    return hidden.gather(1, before)
+
+
+def hidden_on_shared_prompts(
+    model, prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, mask: Tensor, prompt: Tensor, Q: int
+):
+    """The same as hidden_of_whole_rows, but the decoder runs once on each of Q prompts, and then on the completions,
+    which look back at the keys and values of their prompt. Gradients flow through these. prompt [B]: the number of each
+    row's prompt."""
+    index = torch.arange(len(prompt), device=prompt.device)
+    one_row = index.new_zeros(Q).index_put((prompt,), index)  # [Q] a row of each prompt, no matter which
+    cache = new_cache(model, in_place=False)
+    last, attention = prefill(model, cache, prompt_ids[one_row], prompt_lengths[one_row])
+    cache.reorder_cache(prompt)  # a copy for each row
+    T = int(mask.sum(1).max())
+    if T == 1:
+        return last[prompt, None]
+    attention = torch.cat([attention[prompt], attention.new_ones(len(prompt), T - 1)], 1)  # [B, P + T' - 1]
+    positions = prompt_lengths[:, None] + torch.arange(T - 1, device=mask.device)
+    after = run_decoder(model, cache, completion_ids[:, : T - 1], attention, positions)  # [B, T' - 1, D]
+    return torch.cat([last[prompt, None], after], 1)
 
 
 def token_logprobs(
     model, prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, mask: Tensor,
-    temperature: float = 1.0, with_entropy: bool = False,
+    temperature: float = 1.0, with_entropy: bool = False, group: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Log-prob of every completion token and, if wanted, the entropy of its distribution (else None): two [B, T] with
     gradients, 0 where mask is 0. Training needs no entropy here, because the sampler has given it: rollout.entropy.
 
-    prompt_ids [B, P] and completion_ids [B, T], right-padded; prompt_lengths [B], tokens; mask [B, T]. The decoder runs
-    once on rows of prompt, completion and padding. It needs no attention mask, because causal attention never looks at
-    the padding on the right, and without a mask the fast kernels can run. The head runs on completion tokens alone.
+    prompt_ids [B, P] and completion_ids [B, T], right-padded; prompt_lengths [B], tokens; mask [B, T]. group [B], if
+    given: rows with the same number have the same prompt, and the decoder runs once on each prompt where the model
+    allows it (PrefixGrouper, arXiv 2506.05433). The head runs on completion tokens alone.
     """
-    longest = int((prompt_lengths + mask.sum(1)).max())
-    column = torch.arange(longest, device=mask.device)  # [L]
-    place = column - prompt_lengths[:, None]  # [B, L] in the completion; negative inside the prompt
-    from_prompt = prompt_ids[:, column.clamp(max=prompt_ids.shape[1] - 1)]  # [B, L]
-    from_completion = completion_ids.gather(1, place.clamp(0, completion_ids.shape[1] - 1))  # [B, L]
-    ids = torch.where(place < 0, from_prompt, from_completion)  # [B, L]
-    all_hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
+    completion_ids = torch.where(mask > 0, completion_ids, 0)  # the padding may hold any number
+    rows = (model, prompt_ids, prompt_lengths, completion_ids, mask)
+    numbers, prompt = (group if group is not None else torch.arange(len(mask))).unique(return_inverse=True)
+    if len(numbers) < len(mask) and shares_prompts(model):
+        hidden = hidden_on_shared_prompts(*rows, prompt, len(numbers))  # [B, T', D]
+    else:
+        hidden = hidden_of_whole_rows(*rows)  # [B, T', D]
     row, t = mask.nonzero(as_tuple=True)  # [N] the real completion tokens
-    hidden = all_hidden[row, prompt_lengths[row] + t - 1]  # [N, D] the place before a token predicts it
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     logprobs, entropy = HeadLogprobs.apply(
-        hidden, head.weight, bias, completion_ids[row, t], *head_factors(model), temperature, with_entropy
+        hidden[row, t], head.weight, bias, completion_ids[row, t], *head_factors(model), temperature, with_entropy
     )
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs = zeros.index_put((row, t), logprobs)

@@ -42,11 +42,13 @@ def sample(
     eos = torch.tensor(eos_ids, device=model.device)
 
     with common.autocast(model.device), torch.inference_mode():
-        prompt_cache = common.growing_cache(model)
-        hidden, attention = common.prefill(model, prompt_cache, prompts)  # [Q, D], [Q, P]
         B = len(rollout)
+        prompt_ids = rollout.prompt_ids[::group_size]  # [Q, P]
+        prompt_lengths = rollout.prompt_lengths[::group_size]  # [Q]
+        prompt_cache = common.new_cache(model, in_place=False)
+        last, attention = common.prefill(model, prompt_cache, prompt_ids, prompt_lengths)  # [Q, D], [Q, P]
         P = attention.shape[1]
-        hidden = hidden[rollout.group]  # [B, D]
+        hidden = last[rollout.group]  # [B, D]
         cache = common.keys_like_values(StaticCache)(config=model.config, max_cache_len=P + T)
         for i, layer in enumerate(prompt_cache.layers):
             cache.update(layer.keys[rollout.group], layer.values[rollout.group], i)
@@ -67,7 +69,7 @@ def sample(
             rollout.finished.logical_or_(torch.isin(token[:, 0], eos))
             visible.index_fill_(3, P + t, True)
             positions = (rollout.prompt_lengths + t)[:, None]
-            hidden.copy_(common.hidden_states(model, cache, token, visible, positions)[:, -1])
+            hidden.copy_(common.run_decoder(model, cache, token, visible, positions)[:, 0])
             t.add_(1)
 
         step()  # not captured: it also fills autocast's cache of bf16 weights, which the graph then reads

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.policy import load_policy
 from helpers import error_line, needs_peft, rollout_of, score
 
 import common
 import grpo
 from harness import cuda_graphs, data, distributed, lora, tiny
 from harness.options import RunConfig
-from harness.policy import load_policy
 from harness.trainer import Trainer
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from harness.policy import load_policy
 from helpers import call, error_line, lines, refused, rollout_of, score, trainer_of
 from safetensors.torch import load_file
 
@@ -13,7 +14,6 @@ import common
 import grpo
 from harness import data, distributed, lora, tiny
 from harness.options import RunConfig, resolve_defaults
-from harness.policy import load_policy
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from helpers import ROOT, error_line, needs_peft
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import memory as tables
+from harness.memory import refuse_too_large
 
 from harness import data
-from harness.memory import refuse_too_large
 from harness.options import RunConfig
 
 
