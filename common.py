@@ -94,12 +94,10 @@ def head_factors(model) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def logits_and_slope(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None, temperature: float
-) -> tuple[Tensor, Tensor | None]:
-    """Logits after scale, soft cap and temperature, float32 [N, V]; and the slope of the soft cap there, if any [N, V].
-    hidden [N, D], weight [V, D], bias [V] or None."""
-    z = torch.nn.functional.linear(hidden, weight, bias).float()
+def logits_and_slope(y: Tensor, scale: float, cap: float | None, temperature: float) -> tuple[Tensor, Tensor | None]:
+    """What comes after the head's product y [N, V], in float32: scale, soft cap and temperature. It may overwrite y.
+    Returns the logits and the slope of the soft cap, if there is one (else None), two [N, V]."""
+    z = y.float()
     slope = None
     if scale != 1.0:
         z.mul_(scale)
@@ -115,7 +113,7 @@ def logits_and_slope(
 def head_logits(model, hidden: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits divided by the temperature, float32 [N, V], from the decoder's last hidden states [N, D]."""
     head = model.get_output_embeddings()
-    return logits_and_slope(hidden, head.weight, getattr(head, "bias", None), *head_factors(model), temperature)[0]
+    return logits_and_slope(head(hidden), *head_factors(model), temperature)[0]
 
 
 # --- sampling: the next token -----------------------------------------------------------------------------------------
@@ -374,7 +372,8 @@ class HeadLogprobs(torch.autograd.Function):
             weight_lowp = weight.to(ctx.dtype)
             bias_lowp = None if bias is None else bias.to(ctx.dtype)
             for chunk in ctx.chunks:
-                z, _ = logits_and_slope(hidden[chunk].to(ctx.dtype), weight_lowp, bias_lowp, *ctx.factors)
+                y = torch.nn.functional.linear(hidden[chunk].to(ctx.dtype), weight_lowp, bias_lowp)
+                z, _ = logits_and_slope(y, *ctx.factors)
                 logsumexp[chunk] = z.logsumexp(-1)
                 logprob[chunk] = z.gather(1, targets[chunk, None]).squeeze(1) - logsumexp[chunk]
                 if entropy is not None:
@@ -398,7 +397,7 @@ class HeadLogprobs(torch.autograd.Function):
         for chunk in ctx.chunks:
             h = hidden[chunk].to(ctx.dtype)
             g = g_logprob[chunk, None]
-            z, slope = logits_and_slope(h, weight_lowp, bias_lowp, *ctx.factors)
+            z, slope = logits_and_slope(torch.nn.functional.linear(h, weight_lowp, bias_lowp), *ctx.factors)
             log_p = z.sub_(logsumexp[chunk, None])
             if g_entropy is None:
                 dz = log_p.exp_().mul_(-g)  # -g p

@@ -3,6 +3,7 @@
     python benchmarks/bench.py                        every row that this machine can measure; writes results.json
     python benchmarks/bench.py --rows rollout step    some of them
     python benchmarks/bench.py --base runs/egsw-1/model   another checkpoint for `rollout` and `step`
+    python benchmarks/bench.py --model FOLDER --dataset FILE   sampling with a real model alone, on JSON lines
 
 The contenders take turns in one process; for memory, each measurement is a process. First they show that they do the
 same work. Each row has medians, and the ratio to the other contender, run by run, with its minimum and maximum.
@@ -11,6 +12,7 @@ Absolute times depend on the machine and the hour. What needs a GPU is in benchm
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import platform
@@ -30,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import common
 import grpo
 import verifier
-from harness import tiny
+from harness import data, onednn, tiny
 from harness.options import RunConfig
 from harness.trainer import Trainer
 
@@ -60,10 +62,14 @@ def row(title: str, unit: str, ours: list[float], other_name: str, other: list[f
     return dict(zip(keys, (title, unit, medians[0], other_name, medians[1], *spread), strict=True))
 
 
-def load(base: str):
+def load(base: str, ours: bool):
+    """The checkpoint as the scripts load it, or else as transformers does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if ours:
+        onednn.use(model)
+    return model, AutoTokenizer.from_pretrained(base)
 
 
 def reward_of(text: str, problem: dict) -> float:
@@ -72,51 +78,72 @@ def reward_of(text: str, problem: dict) -> float:
 
 def bench_rollout(base: str, runs: int) -> list[dict]:
     """Completion tokens a second against model.generate: same prompts, group size, temperature and stop rule."""
+    _, tokenizer = load(base, ours=True)
+    problems = tiny.problems(Q, 0, held_out=True)
+    prompts = tokenizer([p["question"] for p in problems])["input_ids"]
+    return sampling_rows("rollout, tiny, 32 x 8", base, problems, prompts, G, T, True, ["dynamic"], runs)
+
+
+def bench_model(folder: str, dataset: str, runs: int) -> list[dict]:
+    """The same with a real model on 8 x 8 rows of at most 96 tokens; first with its stop token, and then without."""
+    _, tokenizer = load(folder, ours=True)
+    rows = [json.loads(line) for line in Path(dataset).read_text().splitlines()[:8]]
+    problems = [{"question": row["question"], "answer": verifier.gold_answer(row["answer"])} for row in rows]
+    prompts = [data.prompt_ids(tokenizer, p["question"], system="", template="") for p in problems]
+    print(f"  prompts of {statistics.mean(map(len, prompts)):.0f} tokens, at most {max(map(len, prompts))}")
+    results = []
+    for stops in (True, False):
+        title = f"{Path(folder).name}, 8 x 8, {'up to' if stops else 'all'} 96 tokens"
+        caches = ["dynamic", "static"]
+        results += sampling_rows(title, folder, problems, prompts, 8, 96, stops, caches, runs)
+    return results
+
+
+def sampling_rows(title, base, problems, prompts, group_size, max_tokens, stops, caches, runs) -> list[dict]:
+    """A row of common.sample against generate with each kind of cache. stops: whether EOS ends a completion."""
     from transformers import GenerationConfig
 
-    model, tokenizer = load(base)
-    problems = tiny.problems(Q, 0, held_out=True)
-    questions = [p["question"] for p in problems]
-    prompts, eos = tokenizer(questions)["input_ids"], tokenizer.eos_token_id
-    tokenizer.padding_side = "left"
-    padded = tokenizer(questions, padding=True, return_tensors="pt")
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=T, num_return_sequences=G,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=eos,
-    )  # fmt: skip
-    seen = {"ours": [], "generate": []}
+    our_model, tokenizer = load(base, ours=True)
+    their_model, _ = load(base, ours=False)
+    eos = tokenizer.eos_token_id
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    seen: dict[str, list[tuple]] = {}
 
-    def note(name: str, ids, seconds: float) -> float:
+    def note(name: str, ids: list[list[int]], start: float) -> float:
+        seconds = time.perf_counter() - start
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        rewards = [reward_of(text, problems[i // G]) for i, text in enumerate(texts)]
+        rewards = [reward_of(text, problems[i // group_size]) for i, text in enumerate(texts)]
         lengths = [len(x) for x in ids]
-        seen[name].append((statistics.mean(lengths), max(lengths), statistics.mean(rewards)))
+        seen.setdefault(name, []).append((statistics.mean(lengths), max(lengths), statistics.mean(rewards)))
         return sum(lengths) / seconds
 
     def ours() -> float:
+        uniforms = torch.rand(len(prompts) * group_size, max_tokens)
         start = time.perf_counter()
-        r = common.sample(model, prompts, G, T, [eos], torch.rand(Q * G, T))
-        seconds = time.perf_counter() - start
-        ids = [row[:n] for row, n in zip(r.completion_ids.tolist(), r.completion_lengths().int().tolist(), strict=True)]
-        return note("ours", ids, seconds)
+        r = common.sample(our_model, prompts, group_size, max_tokens, [eos] if stops else [], uniforms)
+        lengths = r.completion_lengths().int().tolist()
+        return note("ours", [ids[:n] for ids, n in zip(r.completion_ids.tolist(), lengths, strict=True)], start)
 
-    def generate() -> float:
+    def generate(cache: str) -> float:
+        config = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_tokens,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=eos if stops else None, cache_implementation=cache,
+            num_return_sequences=group_size, disable_compile=True,
+        )  # fmt: skip
         start = time.perf_counter()
-        out = model.generate(
-            input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], generation_config=config
-        )
-        seconds = time.perf_counter() - start
-        rows = out[:, padded["input_ids"].shape[1] :].tolist()
-        return note("generate", [row[: row.index(eos) + 1] if eos in row else row for row in rows], seconds)
+        rows = their_model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :].tolist()
+        ids = [row[: row.index(eos) + 1] if stops and eos in row else row for row in rows]
+        return note(f"generate, {cache}", ids, start)
 
-    results = alternate({"ours": ours, "generate": generate}, runs)
-    (length, longest, reward), (other_length, _, other_reward) = (
-        [statistics.mean(x) for x in zip(*seen[name], strict=True)] for name in ("ours", "generate")
-    )
-    print(f"  same work: mean length {length:.2f} and {other_length:.2f} (longest {longest:.1f}), "
-          f"mean reward {reward:.3f} and {other_reward:.3f}")  # fmt: skip
-    assert abs(length - other_length) < 0.1 * length and abs(reward - other_reward) < 0.08
-    return [row("rollout, tiny, 32 x 8", "tokens/s", results["ours"], "generate", results["generate"], True)]
+    contenders = {"ours": ours} | {f"generate, {cache}": functools.partial(generate, cache) for cache in caches}
+    results = alternate(contenders, runs)
+    for name, values in seen.items():
+        length, longest, reward = (statistics.mean(x) for x in zip(*values, strict=True))
+        print(f"  same work: {name}: mean length {length:.2f} (longest {longest:.1f}), mean reward {reward:.3f}")
+        ours_length, _, ours_reward = (statistics.mean(x) for x in zip(*seen["ours"], strict=True))
+        assert abs(length - ours_length) < 0.15 * length and abs(reward - ours_reward) < 0.08
+    others = [name for name in contenders if name != "ours"]
+    return [row(title, "tokens/s", results["ours"], other, results[other], True) for other in others]
 
 
 def bench_step(base: str, runs: int) -> list[dict]:
@@ -131,7 +158,7 @@ def bench_step(base: str, runs: int) -> list[dict]:
     answers = {p["question"]: p["answer"] for p in problems}
 
     def ours(seconds: list[float], steps: int) -> float:
-        model, tokenizer = load(base)
+        model, tokenizer = load(base, ours=True)
         encoded = [{**p, "prompt_ids": tokenizer(p["question"])["input_ids"]} for p in problems]
         cfg = RunConfig(n_prompts=Q, group_size=G, max_new_tokens=T, lr=1e-6, token_budget=2048)
         trainer = Trainer(cfg, model, tokenizer, encoded, base)
@@ -152,7 +179,7 @@ def bench_step(base: str, runs: int) -> list[dict]:
         return statistics.mean(rewards)
 
     def trl(seconds: list[float], steps: int, micro: int) -> float:
-        model, tokenizer = load(base)
+        model, tokenizer = load(base, ours=False)
         rewards = []
 
         def reward(prompts, completions, **_):
@@ -173,9 +200,9 @@ def bench_step(base: str, runs: int) -> list[dict]:
             top_k=0, gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none",
             save_strategy="no", logging_strategy="no", disable_tqdm=True, loss_type="grpo", num_iterations=1,
         )  # fmt: skip
-        data = datasets.Dataset.from_list([{"prompt": p["question"]} for p in problems])
+        questions = datasets.Dataset.from_list([{"prompt": p["question"]} for p in problems])
         with contextlib.redirect_stdout(io.StringIO()):
-            GRPOTrainer(model, reward, options, data, processing_class=tokenizer, callbacks=[Clock()]).train()
+            GRPOTrainer(model, reward, options, questions, processing_class=tokenizer, callbacks=[Clock()]).train()
         return statistics.mean(rewards)
 
     steps, results = 6, {"ours": [], "TRL 64": [], "TRL 128": [], "TRL 256": []}
@@ -323,6 +350,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=benches, default=list(benches))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--base", default=None, help="checkpoint for rollout and step; without it: the tiny base")
+    parser.add_argument("--model", default=None, help="folder of a real model with a chat template")
+    parser.add_argument("--dataset", default=None, help="its problems: JSON lines with question and answer")
     parser.add_argument("--out", default=str(Path(__file__).with_name("results.json")))
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -333,11 +362,14 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    base = args.base or str(tiny.base(ROOT / "runs" / "tiny-base"))
     packages = {p: installed(p) for p in ("torch", "transformers", "trl")}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **packages}
     print(machine)
     rows = []
+    if args.model:
+        rows = bench_model(args.model, args.dataset, args.runs)
+        args.rows = []
+    base = args.base or (args.rows and str(tiny.base(ROOT / "runs" / "tiny-base")))
     for name in args.rows:
         if name == "step" and not packages["trl"]:
             print("step: TRL is not installed (pip install -r requirements-dev.txt); not measured")

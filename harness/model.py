@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer
 
 import common
-from harness import lora
+from harness import lora, onednn
 from harness.options import RunConfig, fail, first_line
 
 
@@ -52,6 +52,7 @@ def load_model(
             fail(f"--model {name} cannot be used: {first_line(error)}")
         fail(f"--model {name} is not a folder here, and the hub gave: {first_line(error)} "
              "Give a local folder instead if the hub is out of reach.")  # fmt: skip
+    onednn.use(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, tokenizer

@@ -1,0 +1,224 @@
+"""common.sample on real caches: growing in place, sliding windows, linear attention; and choosing the next nodes."""
+
+import pytest
+import torch
+import transformers
+from helpers import T, assert_same_samples, rollout_of, score
+from transformers.cache_utils import DynamicLayer
+
+import common
+from harness import cuda_graphs, onednn
+
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=8, max_position_embeddings=256, vocab_size=24)  # fmt: skip
+FAMILIES = {
+    "Qwen3": SMALL,
+    "Gemma3Text": dict(SMALL, sliding_window=8, query_pre_attn_scalar=8),
+    "Qwen3Next": dict(
+        SMALL, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+        num_experts=0, layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+    "Lfm2": dict(SMALL, block_multiple_of=8, layer_types=["conv", "full_attention"] * 2),
+}  # fmt: skip
+PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [7, 8, 9]]
+
+
+def family_model(family):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        p.data = p.data * 3 if p.dim() == 2 else p.data
+    return model
+
+
+def sample_family(model, max_new_tokens=20, uniforms="random"):
+    if uniforms == "random":
+        uniforms = torch.rand(12, max_new_tokens, generator=torch.Generator().manual_seed(0))
+    return common.sample(model, PROMPTS, 4, max_new_tokens, [0], uniforms)
+
+
+def assert_equal_rollouts(a, b):
+    for name in common.TENSOR_FIELDS:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("room", [1, 3, 64])
+def test_the_growing_cache_gives_the_bits_of_dynamic_cache(family, room, monkeypatch):
+    model = family_model(family)
+    monkeypatch.setattr(common, "ROOM", room)
+    r = sample_family(model)
+    assert r.finished.any() and not r.finished.all()
+    new_cache = common.new_cache
+    monkeypatch.setattr(common, "new_cache", lambda model, in_place: new_cache(model, in_place=False))
+    assert_equal_rollouts(sample_family(model), r)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("compact_below", [0.0, 1.0])
+def test_every_kind_of_cache_follows_its_rows(family, compact_below, monkeypatch):
+    """What is sampled is what is scored, which needs no cache; and each row alone gives the same."""
+    model = family_model(family)
+    monkeypatch.setattr(common, "COMPACT_BELOW", compact_below)
+    r = sample_family(model)
+    assert len(r.completion_ids[:4].unique(dim=0)) > 2  # the prompts were split
+    logprobs, entropy = score(model, r)
+    torch.testing.assert_close(logprobs, r.logprobs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(entropy, r.entropy, atol=1e-4, rtol=1e-4)
+    uniforms = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
+    for i in (0, 5, 11):
+        alone = common.sample(model, [PROMPTS[i // 4]], 1, 20, [0], uniforms[i : i + 1])
+        n = int(r.mask[i].sum())
+        assert int(alone.mask.sum()) == n and torch.equal(alone.completion_ids[0, :n], r.completion_ids[i, :n])
+    fixed = cuda_graphs.sample(model, PROMPTS, 4, 20, [0], uniforms)  # common.sample, but for full attention
+    torch.testing.assert_close(fixed.logprobs, r.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_only_full_attention_grows_in_place():
+    for family, expected in {"Qwen3": 4, "Qwen3Next": 2, "Lfm2": 2, "Gemma3Text": 0}.items():
+        plain = common.new_cache(family_model(family), in_place=False).layers
+        layers = common.new_cache(family_model(family), in_place=True).layers
+        grown = [type(layer) is common.growing_layer() for layer in layers]
+        assert sum(grown) == expected == sum(type(layer) is DynamicLayer for layer in plain), family
+        assert [type(layer) for layer, g in zip(layers, grown, strict=True) if not g] == [
+            type(layer) for layer in plain if type(layer) is not DynamicLayer
+        ]
+
+
+def test_a_token_is_written_into_the_room_and_a_selection_of_rows_copies_no_room():
+    rng = torch.Generator().manual_seed(0)
+    layer, plain = common.growing_layer()(), DynamicLayer()
+
+    def update(rows, tokens):
+        keys = torch.randn(rows, 2, tokens, 8, generator=rng)
+        values = torch.randn(rows, 2, tokens, 4, generator=rng)  # some models have values of another size
+        for a, b in zip(layer.update(keys, values), plain.update(keys, values), strict=True):
+            assert torch.equal(a, b)
+
+    def select(rows):
+        layer.reorder_cache(torch.tensor(rows))
+        plain.reorder_cache(torch.tensor(rows))
+        assert torch.equal(layer.keys, plain.keys) and torch.equal(layer.values, plain.values)
+
+    layer.reorder_cache(torch.tensor([0]))  # before the first token there is nothing to select
+    update(3, 10)
+    update(3, 1)
+    memory = layer.keys.untyped_storage().data_ptr()
+    for _ in range(common.ROOM - 1):
+        update(3, 1)
+        assert layer.keys.untyped_storage().data_ptr() == memory  # nothing was moved
+    update(3, 1)
+    assert layer.keys.untyped_storage().data_ptr() != memory
+    n_tokens = layer.get_seq_length()
+    layer.key_buffer[:, :, n_tokens:] = torch.nan  # who reads or copies the room finds it
+    select([2, 0, 0, 1])
+    assert not layer.key_buffer[:, :, n_tokens:].isnan().all()
+    for buffer in (layer.key_buffer, layer.value_buffer):
+        assert buffer.untyped_storage().nbytes() == 4 * 4 * 2 * (n_tokens + common.ROOM) * buffer.shape[3]
+    update(4, 1)
+    select([3])
+    update(1, 1)
+
+
+# --- rows and nodes ---------------------------------------------------------------------------------------------------
+
+
+def test_children_are_the_different_pairs_of_node_and_token():
+    node, token = torch.tensor([0, 0, 0, 1]), torch.tensor([5, 7, 5, 5])
+    assert [x.tolist() for x in common.choose_children(node, token)] == [[0, 0, 1], [5, 7, 5], [0, 1, 0, 2]]
+
+
+def test_a_node_runs_once_while_its_rows_are_the_same(loaded, monkeypatch):
+    model, tokenizer = loaded
+    batches = []
+    model.base_model.register_forward_hook(lambda m, a, output: batches.append(len(output.last_hidden_state)))
+    prompts = tokenizer(["1+2?", "3+4-1?"])["input_ids"]
+    common.sample(model, prompts, 8, 4, [-1], None)  # greedy: rows of a prompt stay the same
+    assert batches == [2, 2, 2, 2]
+
+
+def test_an_eos_as_first_token_ends_the_row_and_a_rollout_of_them_ends_at_once(loaded):
+    model, tokenizer = loaded
+    prompts = tokenizer(["1+2?", "3+4-1?"])["input_ids"]
+    calls = []
+    model.base_model.register_forward_hook(lambda *a: calls.append(1))
+    everything = list(range(len(tokenizer)))
+    r = common.sample(model, prompts, 3, T, everything, torch.rand(6, T))
+    assert r.finished.all() and r.mask.sum(1).tolist() == [1.0] * 6 and len(calls) == 1
+    torch.testing.assert_close(score(model, r)[0], r.logprobs, atol=1e-5, rtol=1e-5)
+
+
+def test_one_row_of_one_token(loaded):
+    model, tokenizer = loaded
+    prompts = tokenizer(["1+2?"])["input_ids"]
+    r = common.sample(model, prompts, 1, 1, [-1], torch.tensor([[0.5]]))
+    assert r.mask.tolist() == [[1.0]] and not r.finished.any()
+    torch.testing.assert_close(score(model, r)[0], r.logprobs, atol=1e-5, rtol=1e-5)
+
+
+# --- the next token ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["CHUNK_ELEMENTS", "CACHED_ELEMENTS"])
+def test_the_size_of_a_piece_changes_no_sample(name, loaded, monkeypatch):
+    r = rollout_of(*loaded)
+    for size in (1, 50, 100):
+        monkeypatch.setitem(getattr(common, name), "cpu", size)
+        assert_same_samples(rollout_of(*loaded), r)
+
+
+def test_a_logit_of_minus_infinity_gives_no_nan(loaded):
+    """Some models give the unused places of their vocabulary the logit -inf."""
+    model, _ = loaded
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    head.bias.data[3] = -torch.inf
+    hidden = torch.randn(5, head.in_features)
+    with torch.no_grad():
+        token, logprob, entropy = common.next_token(model, hidden, torch.rand(5, 8), 1.0, greedy=False)
+        log_p = common.head_logits(model, hidden).log_softmax(-1)
+    kept = torch.arange(log_p.shape[1]) != 3
+    expected = -(log_p.exp() * log_p)[:, kept].sum(-1)
+    torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
+    assert (token != 3).all() and logprob.isfinite().all()
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(40, 64), (5, 8, 64)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_layers_of_onednn_are_those_of_torch_with_all_gradients(shape, bias, frozen, monkeypatch):
+    monkeypatch.setattr(onednn, "SMALLEST", 0)
+    calls = []
+    linear = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda *a: calls.append(1) or linear(*a))
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 96, bias=bias).requires_grad_(not frozen)
+    x = torch.randn(shape)
+    g = torch.randn(*shape[:-1], 96)
+    results = []
+    for replace in (False, True):
+        if replace:
+            onednn.use(layer)
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        y.backward(g)
+        results.append([y.detach(), inputs.grad, *(p.grad for p in layer.parameters() if not frozen)])
+        assert bool(calls) == replace
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_onednn_leaves_small_products_and_other_types_to_torch(monkeypatch):
+    monkeypatch.setattr(onednn, "linear", lambda *a: pytest.fail("should be torch's"))
+    layer = torch.nn.Linear(64, 64)
+    onednn.use(layer)
+    layer(torch.randn(2, 64))
+    layer.to(torch.bfloat16)(torch.randn(1000, 64, dtype=torch.bfloat16))
