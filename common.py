@@ -172,9 +172,8 @@ def sample(
     with decoder.autocast(model.device), torch.inference_mode():
         cache = decoder.growing_cache(model)
         prompt_lengths = rollout.prompt_lengths[::group_size]
-        hidden, attention = decoder.prefill(
-            model, cache, rollout.prompt_ids[::group_size], prompt_lengths
-        )  # [n, D], [n, P]
+        prompt_ids = rollout.prompt_ids[::group_size]
+        hidden, attention = decoder.prefill(model, cache, prompt_ids, prompt_lengths)  # [n, D], [n, P]
         P = attention.shape[1]
         attention = torch.nn.functional.pad(attention, (0, T), value=1)  # [n, P + T]
         for t in range(T):
@@ -270,17 +269,8 @@ def token_logprobs(
     else:
         hidden = hidden_of_whole_rows(*rows)  # [B, T', D]
     row, t = mask.nonzero(as_tuple=True)  # [N] the real completion tokens
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    logprobs, entropy = decoder.HeadLogprobs.apply(
-        hidden[row, t],
-        head.weight,
-        bias,
-        completion_ids[row, t],
-        *decoder.head_factors(model),
-        temperature,
-        with_entropy,
-    )
+    targets = completion_ids[row, t]
+    logprobs, entropy = decoder.head_logprobs(model, hidden[row, t], targets, temperature, with_entropy)  # [N]
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs = zeros.index_put((row, t), logprobs)
     return logprobs, None if entropy is None else zeros.index_put((row, t), entropy)

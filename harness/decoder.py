@@ -240,3 +240,13 @@ class HeadLogprobs(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += dy.sum(0)
         return d_hidden, d_weight, d_bias, None, None, None, None, None
+
+
+def head_logprobs(
+    model, hidden: Tensor, targets: Tensor, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of each target [N] and, if wanted, the entropy of its distribution [N], from the decoder's last hidden
+    states [N, D]. Differentiable."""
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    return HeadLogprobs.apply(hidden, head.weight, bias, targets, *head_factors(model), temperature, with_entropy)
