@@ -171,9 +171,8 @@ def sample(
 
     with decoder.autocast(model.device), torch.inference_mode():
         cache = decoder.growing_cache(model)
-        prompt_lengths = rollout.prompt_lengths[::group_size]
         prompt_ids = rollout.prompt_ids[::group_size]
-        hidden, attention = decoder.prefill(model, cache, prompt_ids, prompt_lengths)  # [n, D], [n, P]
+        hidden, attention = decoder.prefill(model, cache, prompt_ids, lengths)  # [n, D], [n, P]
         P = attention.shape[1]
         attention = torch.nn.functional.pad(attention, (0, T), value=1)  # [n, P + T]
         for t in range(T):
@@ -242,7 +241,7 @@ def hidden_on_shared_prompts(
     last, attention = decoder.prefill(model, cache, prompt_ids[one_row], prompt_lengths[one_row])
     cache.reorder_cache(prompt)  # a copy for each row
     T = int(mask.sum(1).max())
-    if T == 1:
+    if T <= 1:
         return last[prompt, None]
     attention = torch.cat([attention[prompt], attention.new_ones(len(prompt), T - 1)], 1)  # [B, P + T' - 1]
     positions = prompt_lengths[:, None] + torch.arange(T - 1, device=mask.device)
