@@ -1,35 +1,30 @@
-"""What every method shares, in the order in which data flows: rollouts, the model's head, sampling, log-probs, means.
+"""What every method shares, in the order in which data flows: rollouts, sampling, log-probs, means.
 
     sample           prompts -> Rollout: completions with their mask, log-probs and entropy
     token_logprobs   log-probs (and entropy) of given completions, with gradients
     loss_weights     factors that turn a plain sum over tokens into the mean that a method wants
     clip_fractions   which tokens get no gradient, because the ratio was clipped
 
-This file knows no method, no reward, no data set and no other process. It needs torch and transformers only.
-Log-probs and entropies are in nats, at the sampling temperature. Letters in the shapes:
+This file knows no method, no reward, no data set and no other process. harness/decoder.py runs the model: its decoder,
+key-value cache and head. Log-probs and entropies are in nats, at the sampling temperature. Letters in the shapes:
 
     Q prompts, G completions of each, B = Q * G rows: the completions of a rollout
-    P prompt tokens, T completion tokens, N tokens of some rows, k new tokens of each row
+    P prompt tokens, T completion tokens, N tokens of some rows
     b rows of a part of the rollout: a micro-batch, or in `sample` those that are not finished
     n nodes: the sequences that `sample` runs through the decoder; D hidden size; V vocabulary
 """
 
-import functools
-import inspect
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-# How many logits (tokens x vocabulary) exist at a time. Large matrix products are faster, above all on a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-# How many of them go through softmax, entropy and sampling at a time. They and their copies fit the processor's cache.
+from harness import decoder
+
+# How many logits go through softmax, entropy and sampling at a time. They and their copies fit the processor's cache.
 CACHED_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 # Finished sequences leave the batch once they are more than 10% of it. Not at once, because removing copies the rest.
 COMPACT_BELOW = 0.9
-# The key-value cache of `sample` gets memory for this many new tokens at a time.
-ROOM = 64
 
 
 @dataclass
@@ -77,45 +72,6 @@ def concatenate(rollouts: list[Rollout]) -> Rollout:
     return Rollout(**tensors, texts=[text for part in parts for text in part.texts])
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """bf16 arithmetic on a GPU, float32 elsewhere. The weights stay float32: at a learning rate of 1e-6 a step of AdamW
-    is smaller than half the distance between two bf16 numbers, so most bf16 weights would not move."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
-# --- the head: from hidden states to logits ---------------------------------------------------------------------------
-
-
-def head_factors(model) -> tuple[float, float | None]:
-    """What some model families do after their head: a scale (Cohere's logit_scale, Granite's 1 / logits_scaling), then
-    a soft cap (Gemma-2's final_logit_softcapping; None if there is none)."""
-    config = model.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def logits_and_slope(y: Tensor, scale: float, cap: float | None, temperature: float) -> tuple[Tensor, Tensor | None]:
-    """What comes after the head's product y [N, V], in float32: scale, soft cap and temperature. It may overwrite y.
-    Returns the logits and the slope of the soft cap, if there is one (else None), two [N, V]."""
-    z = y.float()
-    slope = None
-    if scale != 1.0:
-        z.mul_(scale)
-    if cap:
-        z.div_(cap).tanh_()
-        slope = z.square().neg_().add_(1)
-        z.mul_(cap)
-    if temperature != 1.0:
-        z.div_(temperature)
-    return z, slope
-
-
-def head_logits(model, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-    """Logits divided by the temperature, float32 [N, V], from the decoder's last hidden states [N, D]."""
-    head = model.get_output_embeddings()
-    return logits_and_slope(head(hidden), *head_factors(model), temperature)[0]
-
-
 # --- sampling: the next token -----------------------------------------------------------------------------------------
 
 
@@ -137,11 +93,11 @@ def next_token(model, hidden: Tensor, uniforms: Tensor, temperature: float, gree
     rest runs on small parts of a chunk.
     """
     V = len(model.get_output_embeddings().weight)
-    chunk_size = max(1, CHUNK_ELEMENTS[hidden.device.type] // V)  # nodes
+    chunk_size = max(1, decoder.CHUNK_ELEMENTS[hidden.device.type] // V)  # nodes
     part_size = max(1, CACHED_ELEMENTS[hidden.device.type] // V)  # nodes
     parts = []
     for h, u in zip(hidden.split(chunk_size), uniforms.split(chunk_size), strict=True):
-        logits = head_logits(model, h, temperature)
+        logits = decoder.head_logits(model, h, temperature)
         for z, uniform in zip(logits.split(part_size), u.split(part_size), strict=True):
             log_p = z.log_softmax(-1)
             p = log_p.exp()
@@ -151,96 +107,6 @@ def next_token(model, hidden: Tensor, uniforms: Tensor, temperature: float, gree
         del logits, z  # before the next chunk
     tokens, logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(logprobs), torch.cat(entropies)
-
-
-# --- sampling: the decoder and its cache ------------------------------------------------------------------------------
-
-
-@functools.cache
-def keys_like_values(cache_class):
-    """This class of cache, holding keys in the type of the values. Under autocast, rotary embeddings leave the keys in
-    float32 and the values in bf16: a StaticCache cannot hold both, and other caches would grow by half."""
-
-    class Cache(cache_class):  # type: ignore[misc, valid-type]
-        def update(self, keys, values, *args, **options):
-            return super().update(keys.to(values.dtype), values, *args, **options)
-
-    return Cache
-
-
-@functools.cache
-def growing_layer():
-    """A class that holds what transformers' DynamicLayer holds, in buffers with room for the next tokens. DynamicLayer
-    copies all keys and values for every new token: a third of the time at 100 tokens, and more later."""
-    from transformers.cache_utils import DynamicLayer
-
-    def with_room(tensor: Tensor, rows: Tensor) -> Tensor:
-        """A buffer that begins with tensor[rows]. [n, heads, tokens, d] -> [rows, heads, tokens + ROOM, d]"""
-        _, heads, tokens, d = tensor.shape
-        buffer = tensor.new_empty(len(rows), heads, tokens + ROOM, d)
-        torch.index_select(tensor, 0, rows, out=buffer[:, :, :tokens])  # copies no room
-        return buffer
-
-    class GrowingLayer(DynamicLayer):
-        def update(self, keys, values, *args, **options):
-            if not self.is_initialized:  # the prompts
-                self.key_buffer, self.value_buffer = super().update(keys, values)
-                return self.keys, self.values
-            start = self.get_seq_length()
-            end = start + keys.shape[2]
-            if end > self.key_buffer.shape[2]:
-                self.reorder_cache(torch.arange(len(keys), device=keys.device))
-            self.key_buffer[:, :, start:end] = keys
-            self.value_buffer[:, :, start:end] = values
-            self.keys = self.key_buffer[:, :, :end]
-            self.values = self.value_buffer[:, :, :end]
-            return self.keys, self.values
-
-        def reorder_cache(self, beam_idx):
-            tokens = self.get_seq_length()
-            if tokens > 0:
-                self.key_buffer = with_room(self.keys, beam_idx)
-                self.value_buffer = with_room(self.values, beam_idx)
-                self.keys = self.key_buffer[:, :, :tokens]
-                self.values = self.value_buffer[:, :, :tokens]
-
-    return GrowingLayer
-
-
-def new_cache(model, in_place: bool):
-    """An empty key-value cache. in_place: full-attention layers grow in place, which is fast, but allows no gradients.
-    Other layers (sliding windows, linear attention) stay as they are, because they do not grow without limit."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = keys_like_values(DynamicCache)(config=model.config)
-    if in_place:
-        cache.layers = [growing_layer()() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-@functools.cache
-def cache_argument(decoder_class) -> str:
-    """What forward() calls its cache: since transformers 5.24 `cache` instead of `past_key_values`."""
-    return "cache" if "cache" in inspect.signature(decoder_class.forward).parameters else "past_key_values"
-
-
-def run_decoder(model, cache, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-    """Hidden states [n, k, D] after the new tokens ids [n, k]; the cache grows by them. attention [n, tokens so far]"""
-    inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions, "use_cache": True}
-    inputs[cache_argument(model.base_model.__class__)] = cache
-    return model.base_model(**inputs).last_hidden_state
-
-
-def prefill(model, cache, prompt_ids: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs the decoder on prompts [Q, P], right-padded, of these lengths [Q], which fills the empty cache. It pads them
-    on the left, so that all end in the same column. Returns their last hidden states [Q, D], and the attention mask
-    [Q, P] (0 on padding)."""
-    P = int(prompt_lengths.max())
-    positions = torch.arange(P, device=prompt_ids.device) - (P - prompt_lengths[:, None])  # [Q, P] negative on padding
-    attention = (positions >= 0).long()
-    positions = positions.clamp(min=0)
-    ids = prompt_ids.gather(1, positions) * attention
-    return run_decoder(model, cache, ids, attention, positions)[:, -1], attention
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -301,11 +167,12 @@ def sample(
     eos = torch.tensor(eos_ids, device=model.device)
     rows = torch.arange(len(rollout), device=model.device)  # [b] the unfinished rows
     node = rollout.group  # [b] the node of each unfinished row
-    lengths = rollout.prompt_lengths[::group_size]  # [n] prompt tokens of each node; at first, one a prompt
+    lengths = rollout.prompt_lengths[::group_size]  # [n] prompt tokens of each node
 
-    with autocast(model.device), torch.inference_mode():
-        cache = new_cache(model, in_place=True)
-        hidden, attention = prefill(model, cache, rollout.prompt_ids[::group_size], lengths)  # [n, D], [n, P]
+    with decoder.autocast(model.device), torch.inference_mode():
+        cache = decoder.growing_cache(model)
+        prompt_ids = rollout.prompt_ids[::group_size]
+        hidden, attention = decoder.prefill(model, cache, prompt_ids, lengths)  # [n, D], [n, P]
         P = attention.shape[1]
         attention = torch.nn.functional.pad(attention, (0, T), value=1)  # [n, P + T]
         for t in range(T):
@@ -339,97 +206,11 @@ def sample(
                 new_ids = torch.zeros_like(lengths).index_put((parent,), new_ids)  # 0 for nodes without rows
             # 4) Run the decoder on the new tokens.
             seen = attention[:, : P + t + 1]
-            hidden = run_decoder(model, cache, new_ids[:, None], seen, (lengths + t)[:, None])[:, 0]
+            hidden = decoder.hidden_states(model, cache, new_ids[:, None], seen, (lengths + t)[:, None])[:, -1]
     return rollout
 
 
 # --- log-probs and entropy --------------------------------------------------------------------------------------------
-
-
-class HeadLogprobs(torch.autograd.Function):
-    """hidden [N, D], targets [N] -> log-prob of each target, and entropy (None if not wanted): two [N], differentiable.
-
-        log p = z - logsumexp(z)            z: the logits, after scale, soft cap and temperature
-        H     = -sum_v p log p
-        dL/dz = g (onehot - p) - g_H p (log p + H)                  g, g_H: gradients of the log-prob and of the entropy
-
-    weight [V, D], bias [V] or None. Works on chunks of tokens, and computes their logits again in the backward pass. So
-    only a few chunks of logits exist at a time, and never tokens x vocabulary.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, cap, temperature, with_entropy):
-        ctx.set_materialize_grads(False)  # an unused output has the gradient None, which costs nothing
-        device = hidden.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.factors = (scale, cap, temperature)
-        size = max(1, CHUNK_ELEMENTS[device] // len(weight))  # tokens
-        ctx.chunks = [slice(start, start + size) for start in range(0, len(hidden), size)]
-        logprob = torch.empty(len(hidden), device=hidden.device)
-        logsumexp = torch.empty_like(logprob)
-        entropy = torch.empty_like(logprob) if with_entropy else None
-        with torch.autocast(device, enabled=False):
-            weight_lowp = weight.to(ctx.dtype)
-            bias_lowp = None if bias is None else bias.to(ctx.dtype)
-            for chunk in ctx.chunks:
-                y = torch.nn.functional.linear(hidden[chunk].to(ctx.dtype), weight_lowp, bias_lowp)
-                z, _ = logits_and_slope(y, *ctx.factors)
-                logsumexp[chunk] = z.logsumexp(-1)
-                logprob[chunk] = z.gather(1, targets[chunk, None]).squeeze(1) - logsumexp[chunk]
-                if entropy is not None:
-                    log_p = z.sub_(logsumexp[chunk, None])
-                    p = log_p.exp()
-                    log_p.clamp_(min=-1e30)  # log p may be -inf, and 0 * -inf would be NaN
-                    entropy[chunk] = -torch.einsum("nv,nv->n", p, log_p)
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp, entropy)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx, g_logprob, g_entropy):
-        hidden, weight, bias, targets, logsumexp, entropy = ctx.saved_tensors
-        scale, _, temperature = ctx.factors
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen
-        d_bias = None if bias is None else torch.zeros_like(bias)
-        g_logprob = torch.zeros_like(logsumexp) if g_logprob is None else g_logprob
-        weight_lowp = weight.to(ctx.dtype)
-        bias_lowp = None if bias is None else bias.to(ctx.dtype)
-        for chunk in ctx.chunks:
-            h = hidden[chunk].to(ctx.dtype)
-            g = g_logprob[chunk, None]
-            z, slope = logits_and_slope(torch.nn.functional.linear(h, weight_lowp, bias_lowp), *ctx.factors)
-            log_p = z.sub_(logsumexp[chunk, None])
-            if g_entropy is None:
-                dz = log_p.exp_().mul_(-g)  # -g p
-            else:
-                p = log_p.exp()
-                log_p_plus_H = log_p.clamp_(min=-1e30).add_(entropy[chunk, None])
-                dz = log_p_plus_H.mul_(g_entropy[chunk, None]).add_(g).mul_(p).neg_()  # -p (g + g_H (log p + H))
-            dz.scatter_add_(1, targets[chunk, None], g)  # g onehot
-            # Back through temperature, soft cap and scale: from z to y = hidden W^T + b.
-            dy = dz if scale == temperature else dz.mul_(scale / temperature)
-            if slope is not None:
-                dy.mul_(slope)
-            dy = dy.to(ctx.dtype)
-            d_hidden[chunk] = (dy @ weight_lowp).to(d_hidden.dtype)
-            if d_weight is not None and ctx.dtype == d_weight.dtype:
-                d_weight.addmm_(dy.T, h)  # without a second tensor of this size; it needs equal types
-            elif d_weight is not None:
-                d_weight += dy.T @ h
-            if d_bias is not None:
-                d_bias += dy.sum(0)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
-
-
-def shares_prompts(model) -> bool:
-    """Whether a prompt can run once for all its completions, with gradients: the model keeps keys and values alone.
-    Linear attention overwrites its state in place, and gradient checkpointing turns the cache off."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = DynamicCache(config=model.config).layers
-    keeps_all = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return keeps_all and not checkpointing
 
 
 def hidden_of_whole_rows(model, prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, mask: Tensor):
@@ -456,15 +237,15 @@ def hidden_on_shared_prompts(
     row's prompt."""
     index = torch.arange(len(prompt), device=prompt.device)
     one_row = index.new_zeros(Q).index_put((prompt,), index)  # [Q] a row of each prompt, no matter which
-    cache = new_cache(model, in_place=False)
-    last, attention = prefill(model, cache, prompt_ids[one_row], prompt_lengths[one_row])
+    cache = decoder.new_cache(model)
+    last, attention = decoder.prefill(model, cache, prompt_ids[one_row], prompt_lengths[one_row])
     cache.reorder_cache(prompt)  # a copy for each row
     T = int(mask.sum(1).max())
-    if T == 1:
+    if T <= 1:
         return last[prompt, None]
     attention = torch.cat([attention[prompt], attention.new_ones(len(prompt), T - 1)], 1)  # [B, P + T' - 1]
     positions = prompt_lengths[:, None] + torch.arange(T - 1, device=mask.device)
-    after = run_decoder(model, cache, completion_ids[:, : T - 1], attention, positions)  # [B, T' - 1, D]
+    after = decoder.hidden_states(model, cache, completion_ids[:, : T - 1], attention, positions)  # [B, T' - 1, D]
     return torch.cat([last[prompt, None], after], 1)
 
 
@@ -482,16 +263,13 @@ def token_logprobs(
     completion_ids = torch.where(mask > 0, completion_ids, 0)  # the padding may hold any number
     rows = (model, prompt_ids, prompt_lengths, completion_ids, mask)
     numbers, prompt = (group if group is not None else torch.arange(len(mask))).unique(return_inverse=True)
-    if len(numbers) < len(mask) and shares_prompts(model):
+    if len(numbers) < len(mask) and decoder.shares_prompts(model):
         hidden = hidden_on_shared_prompts(*rows, prompt, len(numbers))  # [B, T', D]
     else:
         hidden = hidden_of_whole_rows(*rows)  # [B, T', D]
     row, t = mask.nonzero(as_tuple=True)  # [N] the real completion tokens
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    logprobs, entropy = HeadLogprobs.apply(
-        hidden[row, t], head.weight, bias, completion_ids[row, t], *head_factors(model), temperature, with_entropy
-    )
+    targets = completion_ids[row, t]
+    logprobs, entropy = decoder.head_logprobs(model, hidden[row, t], targets, temperature, with_entropy)  # [N]
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs = zeros.index_put((row, t), logprobs)
     return logprobs, None if entropy is None else zeros.index_put((row, t), entropy)

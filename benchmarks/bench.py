@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import common
 import grpo
 import verifier
-from harness import data, onednn, tiny
+from harness import data, decoder, onednn, tiny
 from harness.options import RunConfig
 from harness.trainer import Trainer
 
@@ -233,7 +233,7 @@ def head_naive(hidden, weight, targets):
 
 
 def head_ours(hidden, weight, targets):
-    return common.HeadLogprobs.apply(hidden, weight, None, targets, 1.0, None, 1.0, True)
+    return decoder.HeadLogprobs.apply(hidden, weight, None, targets, 1.0, None, 1.0, True)
 
 
 def head_trl(hidden, weight, targets):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import common
 from common import Rollout
+from harness import decoder
 
 
 def supported(model) -> bool:
@@ -41,15 +42,14 @@ def sample(
     uniforms = torch.zeros_like(rollout.mask) if uniforms is None else uniforms.to(model.device)  # [B, T]
     eos = torch.tensor(eos_ids, device=model.device)
 
-    with common.autocast(model.device), torch.inference_mode():
+    with decoder.autocast(model.device), torch.inference_mode():
         B = len(rollout)
-        prompt_ids = rollout.prompt_ids[::group_size]  # [Q, P]
-        prompt_lengths = rollout.prompt_lengths[::group_size]  # [Q]
-        prompt_cache = common.new_cache(model, in_place=False)
-        last, attention = common.prefill(model, prompt_cache, prompt_ids, prompt_lengths)  # [Q, D], [Q, P]
+        prompt_cache = decoder.growing_cache(model)
+        prompt_ids = rollout.prompt_ids[::group_size]
+        last, attention = decoder.prefill(model, prompt_cache, prompt_ids, rollout.prompt_lengths[::group_size])
         P = attention.shape[1]
         hidden = last[rollout.group]  # [B, D]
-        cache = common.keys_like_values(StaticCache)(config=model.config, max_cache_len=P + T)
+        cache = decoder.keys_like_values(StaticCache)(config=model.config, max_cache_len=P + T)
         for i, layer in enumerate(prompt_cache.layers):
             cache.update(layer.keys[rollout.group], layer.values[rollout.group], i)
         visible = torch.zeros(B, 1, 1, P + T, dtype=torch.bool, device=model.device)
@@ -69,7 +69,7 @@ def sample(
             rollout.finished.logical_or_(torch.isin(token[:, 0], eos))
             visible.index_fill_(3, P + t, True)
             positions = (rollout.prompt_lengths + t)[:, None]
-            hidden.copy_(common.run_decoder(model, cache, token, visible, positions)[:, 0])
+            hidden.copy_(decoder.hidden_states(model, cache, token, visible, positions)[:, -1])
             t.add_(1)
 
         step()  # not captured: it also fills autocast's cache of bf16 weights, which the graph then reads

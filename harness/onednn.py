@@ -10,18 +10,29 @@ from torch import Tensor, nn
 SMALLEST = 2**20  # multiplications; for fewer, the call of oneDNN takes longer than the product
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, without gradients. x [..., K], weight [D, K], bias [D] -> [..., D]"""
+def can_multiply(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is there for x [..., K] times weight [D, K], and the product is large enough to gain."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() * len(weight) >= SMALLEST
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias by oneDNN, without gradients. x [..., K], weight [D, K], bias [D] -> [..., D]"""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class LinearFunction(torch.autograd.Function):
+class Product(torch.autograd.Function):
     """The same with gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, g):
@@ -30,23 +41,26 @@ class LinearFunction(torch.autograd.Function):
         x_rows = x.flatten(0, -2)  # [N, K]
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            linear(g, weight.T) if needs_x else None,
-            linear(g_rows.T, x_rows.T) if needs_weight else None,
+            product(g, weight.T) if needs_x else None,
+            product(g_rows.T, x_rows.T) if needs_weight else None,
             g_rows.sum(0) if needs_bias else None,
         )
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear, by oneDNN where it can."""
+    if can_multiply(x, weight):
+        return Product.apply(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
+
+
 class OneDnnLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        float32_on_cpu = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
-        if float32_on_cpu and x.numel() * self.out_features >= SMALLEST and not torch.is_autocast_enabled("cpu"):
-            return LinearFunction.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        return linear(x, self.weight, self.bias)
 
 
 def use(model: nn.Module) -> None:
-    """Makes oneDNN compute the linear layers of this model, where torch has it."""
-    if torch.backends.mkldnn.is_available():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = OneDnnLinear
+    """Makes oneDNN compute the linear layers of this model."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDnnLinear

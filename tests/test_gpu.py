@@ -141,12 +141,11 @@ def test_a_captured_step_never_waits_for_the_gpu(gpu, loaded):
 
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_next_token_takes_less_memory_than_two_chunks(greedy, autocast, gpu, monkeypatch):
+def test_the_next_token_takes_two_chunks_of_memory(greedy, autocast, gpu, monkeypatch):
     V, n, chunk = 5000, 64, 16
     sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=V, head_dim=8, **sizes)).to("cuda")
     monkeypatch.setitem(common.CHUNK_ELEMENTS, "cuda", chunk * V)
-    monkeypatch.setitem(common.CACHED_ELEMENTS, "cuda", chunk * V // 8)
     hidden = torch.randn(n, 8).to("cuda")
     uniforms = torch.rand(n, 4).to("cuda")
     with torch.inference_mode(), common.autocast(hidden.device) if autocast else nullcontext():
@@ -154,7 +153,7 @@ def test_the_next_token_takes_less_memory_than_two_chunks(greedy, autocast, gpu,
         before = gpu.bytes
         gpu.peak = before
         common.next_token(model, hidden, uniforms, 0.7, greedy)
-    assert gpu.peak - before < 1.8 * 4 * chunk * V
+    assert gpu.peak - before < 2.1 * 4 * chunk * V
 
 
 # --- the update -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from helpers import T, assert_same_samples, rollout_of, score
 from transformers.cache_utils import DynamicLayer
 
 import common
-from harness import cuda_graphs, onednn
+from harness import cuda_graphs, decoder, onednn
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, max_position_embeddings=256, vocab_size=24)  # fmt: skip
@@ -50,11 +50,10 @@ def assert_equal_rollouts(a, b):
 @pytest.mark.parametrize("room", [1, 3, 64])
 def test_the_growing_cache_gives_the_bits_of_dynamic_cache(family, room, monkeypatch):
     model = family_model(family)
-    monkeypatch.setattr(common, "ROOM", room)
+    monkeypatch.setattr(decoder, "ROOM", room)
     r = sample_family(model)
     assert r.finished.any() and not r.finished.all()
-    new_cache = common.new_cache
-    monkeypatch.setattr(common, "new_cache", lambda model, in_place: new_cache(model, in_place=False))
+    monkeypatch.setattr(decoder, "growing_cache", decoder.new_cache)
     assert_equal_rollouts(sample_family(model), r)
 
 
@@ -80,9 +79,9 @@ def test_every_kind_of_cache_follows_its_rows(family, compact_below, monkeypatch
 
 def test_only_full_attention_grows_in_place():
     for family, expected in {"Qwen3": 4, "Qwen3Next": 2, "Lfm2": 2, "Gemma3Text": 0}.items():
-        plain = common.new_cache(family_model(family), in_place=False).layers
-        layers = common.new_cache(family_model(family), in_place=True).layers
-        grown = [type(layer) is common.growing_layer() for layer in layers]
+        plain = decoder.new_cache(family_model(family)).layers
+        layers = decoder.growing_cache(family_model(family)).layers
+        grown = [type(layer) is decoder.growing_layer() for layer in layers]
         assert sum(grown) == expected == sum(type(layer) is DynamicLayer for layer in plain), family
         assert [type(layer) for layer, g in zip(layers, grown, strict=True) if not g] == [
             type(layer) for layer in plain if type(layer) is not DynamicLayer
@@ -91,7 +90,7 @@ def test_only_full_attention_grows_in_place():
 
 def test_a_token_is_written_into_the_room_and_a_selection_of_rows_copies_no_room():
     rng = torch.Generator().manual_seed(0)
-    layer, plain = common.growing_layer()(), DynamicLayer()
+    layer, plain = decoder.growing_layer()(), DynamicLayer()
 
     def update(rows, tokens):
         keys = torch.randn(rows, 2, tokens, 8, generator=rng)
@@ -108,7 +107,7 @@ def test_a_token_is_written_into_the_room_and_a_selection_of_rows_copies_no_room
     update(3, 10)
     update(3, 1)
     memory = layer.keys.untyped_storage().data_ptr()
-    for _ in range(common.ROOM - 1):
+    for _ in range(decoder.ROOM - 1):
         update(3, 1)
         assert layer.keys.untyped_storage().data_ptr() == memory  # nothing was moved
     update(3, 1)
@@ -118,7 +117,7 @@ def test_a_token_is_written_into_the_room_and_a_selection_of_rows_copies_no_room
     select([2, 0, 0, 1])
     assert not layer.key_buffer[:, :, n_tokens:].isnan().all()
     for buffer in (layer.key_buffer, layer.value_buffer):
-        assert buffer.untyped_storage().nbytes() == 4 * 4 * 2 * (n_tokens + common.ROOM) * buffer.shape[3]
+        assert buffer.untyped_storage().nbytes() == 4 * 4 * 2 * (n_tokens + decoder.ROOM) * buffer.shape[3]
     update(4, 1)
     select([3])
     update(1, 1)
@@ -163,11 +162,11 @@ def test_one_row_of_one_token(loaded):
 # --- the next token ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["CHUNK_ELEMENTS", "CACHED_ELEMENTS"])
-def test_the_size_of_a_piece_changes_no_sample(name, loaded, monkeypatch):
+@pytest.mark.parametrize("sizes", [decoder.CHUNK_ELEMENTS, common.CACHED_ELEMENTS])
+def test_the_size_of_a_piece_changes_no_sample(sizes, loaded, monkeypatch):
     r = rollout_of(*loaded)
     for size in (1, 50, 100):
-        monkeypatch.setitem(getattr(common, name), "cpu", size)
+        monkeypatch.setitem(sizes, "cpu", size)
         assert_same_samples(rollout_of(*loaded), r)
 
 
@@ -180,7 +179,7 @@ def test_a_logit_of_minus_infinity_gives_no_nan(loaded):
     hidden = torch.randn(5, head.in_features)
     with torch.no_grad():
         token, logprob, entropy = common.next_token(model, hidden, torch.rand(5, 8), 1.0, greedy=False)
-        log_p = common.head_logits(model, hidden).log_softmax(-1)
+        log_p = decoder.head_logits(model, hidden).log_softmax(-1)
     kept = torch.arange(log_p.shape[1]) != 3
     expected = -(log_p.exp() * log_p)[:, kept].sum(-1)
     torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
@@ -196,8 +195,8 @@ def test_a_logit_of_minus_infinity_gives_no_nan(loaded):
 def test_linear_layers_of_onednn_are_those_of_torch_with_all_gradients(shape, bias, frozen, monkeypatch):
     monkeypatch.setattr(onednn, "SMALLEST", 0)
     calls = []
-    linear = onednn.linear
-    monkeypatch.setattr(onednn, "linear", lambda *a: calls.append(1) or linear(*a))
+    product = onednn.product
+    monkeypatch.setattr(onednn, "product", lambda *a: calls.append(1) or product(*a))
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 96, bias=bias).requires_grad_(not frozen)
     x = torch.randn(shape)
@@ -217,7 +216,7 @@ def test_linear_layers_of_onednn_are_those_of_torch_with_all_gradients(shape, bi
 
 
 def test_onednn_leaves_small_products_and_other_types_to_torch(monkeypatch):
-    monkeypatch.setattr(onednn, "linear", lambda *a: pytest.fail("should be torch's"))
+    monkeypatch.setattr(onednn, "product", lambda *a: pytest.fail("should be torch's"))
     layer = torch.nn.Linear(64, 64)
     onednn.use(layer)
     layer(torch.randn(2, 64))
