@@ -118,10 +118,10 @@ def rollout_of(model, tokenizer, Q=6, G=4, seed=0, questions=None, sample=common
     return sample(model, prompts, G, T, [tokenizer.eos_token_id], uniforms, **options)
 
 
-def score(model, rollout, temperature=1.0):
+def score(model, rollout, temperature=1.0, **options):
     """Log-probs and entropy of a rollout by common.token_logprobs, without gradient: two [B, T]."""
     with torch.no_grad():
-        return common.token_logprobs(model, *score_inputs(rollout), temperature, with_entropy=True)
+        return common.token_logprobs(model, *score_inputs(rollout), temperature, with_entropy=True, **options)
 
 
 def score_inputs(rollout):
@@ -153,4 +153,21 @@ def assert_same_samples(a, b):
 def trainer_of(model, tokenizer, problems=(), **options):
     """A Trainer that has no run around it."""
     settings = {"lr": 1e-3, "max_new_tokens": T, "token_budget": 10**6} | options
-    return Trainer(RunConfig(**settings), model, tokenizer, list(problems), source="")
+    return Trainer(RunConfig(**settings), model, tokenizer, list(problems), base_name="")
+
+
+def grpo_update(trainer, rollout, A, reduction="sequence", skip_zero=True):
+    """One step of GRPO with these advantages, [B] or [B, T], and its metrics. Returns the micro-batches.
+
+    skip_zero: rows whose advantage is 0 are not scored.
+    """
+    batches = []
+    for minibatch in trainer.minibatches(rollout, reduction, A if skip_zero else None):
+        for batch in minibatch:
+            batches.append(batch)
+            ratio = (batch.logprobs - batch.old_logprobs).exp()
+            per_token = grpo.loss(ratio, A[batch.rows], batch.mask)
+            (per_token * batch.loss_weights).sum().backward()
+            trainer.record(batch, per_token, **common.clip_fractions(ratio, A[batch.rows], 0.2, 0.2))
+        trainer.optimizer_step()
+    return batches
