@@ -171,3 +171,47 @@ def grpo_update(trainer, rollout, A, reduction="sequence", skip_zero=True):
             trainer.record(batch, per_token, **common.clip_fractions(ratio, A[batch.rows], 0.2, 0.2))
         trainer.optimizer_step()
     return batches
+
+
+def main_on(monkeypatch, name, loaded, rollout, *options, ref_logprobs=None):
+    """Runs a method's main() for one step on this rollout. Returns its Trainer; .gradients has one for each optimizer
+    step, all weights in one vector."""
+
+    class RunOnRollout(Trainer):
+        def __init__(self, cfg):
+            cfg.max_new_tokens = T
+            cfg.token_budget = 100
+            cfg.lr = 1e-3
+            super().__init__(cfg, *loaded, [], base_name="")
+            self.gradients = []
+            runs.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def steps(self):
+            return [1]
+
+        def sample(self):
+            return rollout
+
+        def verify(self, rollout):
+            return rollout
+
+        def reference_logprobs(self, rollout):
+            return ref_logprobs
+
+        def log(self, *_):
+            pass
+
+        def optimizer_step(self):
+            self.gradients.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
+            super().optimizer_step()
+
+    runs = []
+    monkeypatch.setattr(METHODS[name], "Run", RunOnRollout)
+    call(monkeypatch, name, *map(str, options))
+    return runs[0]
