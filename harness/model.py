@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
-import common
-from harness import lora
+from harness import decoder, lora
 from harness.options import RunConfig, fail, first_line
 
 
@@ -59,14 +58,14 @@ def load_model(
 
 @torch.no_grad()
 def check_head(model) -> None:
-    """Raises ValueError unless common.head_logits(hidden states) equals the model's own logits. common.py runs decoder
+    """Raises ValueError unless decoder.head_logits(hidden states) equals the model's own logits. common.py runs decoder
     and head separately, and a model family may do something in between that is not known there. A model in bf16 rounds
     its logits, so they may differ by more."""
     model.eval()
     ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
     expected = model(input_ids=ids, use_cache=False).logits[0]
     tolerance = 1e-3 if expected.dtype == torch.float32 else 2e-2
-    logits = common.head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    logits = decoder.head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
     if logits.shape != expected.shape or not torch.allclose(logits, expected.float(), tolerance, tolerance):
         raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states): it is not supported")
 

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import common
 from common import Rollout, concatenate
-from harness import cuda_graphs, distributed, lora, rewards
+from harness import cuda_graphs, decoder, distributed, lora, rewards
 from harness.model import load_policy, new_optimizer, stop_ids
 from harness.options import RunConfig
 
@@ -292,7 +292,7 @@ class Trainer:
 
     def plan(self, rollout: Rollout, rows: Tensor) -> list[Plan]:
         """This process's micro-batches of these rows."""
-        return plan_microbatches(rollout, rows, self.cfg.token_budget, common.shares_prompts(self.model))
+        return plan_microbatches(rollout, rows, self.cfg.token_budget, decoder.shares_prompts(self.model))
 
     @torch.no_grad()
     def score(self, model, rollout: Rollout, plans: list[Plan]) -> Tensor:
@@ -305,7 +305,7 @@ class Trainer:
     def logprobs_of(self, model, rollout: Rollout, plan: Plan) -> Tensor:
         """Log-probs of the rows of one micro-batch. [b, T]"""
         u = plan.scored_rows
-        with common.autocast(self.device):
+        with decoder.autocast(self.device):
             logprobs, _ = common.token_logprobs(
                 model, rollout.prompt_ids[u], rollout.prompt_lengths[u], rollout.completion_ids[u], rollout.mask[u],
                 self.cfg.temperature, group=rollout.group[u],

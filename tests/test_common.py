@@ -9,17 +9,27 @@ from helpers import T, assert_same_samples, naive_score, rollout_of, score, scor
 
 import common
 import harness.model
-from harness import cuda_graphs
+from harness import cuda_graphs, decoder
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("room", [1, 3, 64])
 @pytest.mark.parametrize("compact_below", [0.0, 0.5, 1.0])
-def test_dropping_ended_rows_changes_no_sample(compact_below, loaded, monkeypatch):
+def test_neither_dropping_ended_rows_nor_the_room_of_the_cache_changes_a_sample(
+    compact_below, room, loaded, monkeypatch
+):
     r = rollout_of(*loaded)
     assert 0 < r.finished.sum() < len(r)  # some rows end early and some do not
+    torch.testing.assert_close(score(loaded[0], r)[0], r.logprobs, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(common, "COMPACT_BELOW", compact_below)
+    monkeypatch.setattr(decoder, "ROOM", room)
     assert_same_samples(rollout_of(*loaded), r)
+
+
+def test_children_are_the_pairs_of_node_and_token():
+    children = common.choose_children(torch.tensor([0, 0, 0, 1]), torch.tensor([5, 7, 5, 5]))
+    assert [x.tolist() for x in children] == [[0, 0, 1], [5, 7, 5], [0, 1, 0, 2]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -188,7 +198,7 @@ def test_token_logprobs_and_their_gradients_equal_log_softmax_of_the_full_logits
     """With prompts scored once for their group or in every row, with and without entropy, junk in all padding, and
     groups whose rows lie apart."""
     model, tokenizer = loaded
-    monkeypatch.setitem(common.CHUNK_ELEMENTS, "cpu", chunk * len(tokenizer))
+    monkeypatch.setitem(decoder.CHUNK_ELEMENTS, "cpu", chunk * len(tokenizer))
     r = rollout_of(model, tokenizer, questions=["1+2?", "12+3-14+5?", "9-8?"])
     r = r.select(torch.randperm(len(r), generator=torch.Generator().manual_seed(1)))
     expected = with_gradients(model, *naive_score(model, r, temperature))
@@ -260,7 +270,7 @@ def test_other_families_share_prompts_where_they_keep_keys_and_values_alone(fami
     inputs = (model, *score_inputs(r), 0.8, True)
     results = [with_gradients(model, *common.token_logprobs(*inputs, group)) for group in (r.group, None)]
     assert_near(*results)
-    assert common.shares_prompts(model) == (family in SHARING) == (len(runs_of_the_decoder(model, r, r.group)) == 2)
+    assert decoder.shares_prompts(model) == (family in SHARING) == (len(runs_of_the_decoder(model, r, r.group)) == 2)
 
 
 def test_with_gradient_checkpointing_no_prompt_is_shared(loaded):
@@ -269,10 +279,10 @@ def test_with_gradient_checkpointing_no_prompt_is_shared(loaded):
     expected = with_gradients(model, common.token_logprobs(model, *score_inputs(r), group=r.group)[0])
     model.gradient_checkpointing_enable()
     model.train()
-    assert not common.shares_prompts(model) and len(runs_of_the_decoder(model, r, r.group)) == 1
+    assert not decoder.shares_prompts(model) and len(runs_of_the_decoder(model, r, r.group)) == 1
     assert_near(with_gradients(model, common.token_logprobs(model, *score_inputs(r), group=r.group)[0]), expected)
     model.gradient_checkpointing_disable()
-    assert common.shares_prompts(model)
+    assert decoder.shares_prompts(model)
 
 
 @pytest.mark.parametrize("outputs", ["log-prob", "entropy", "both"])
@@ -280,7 +290,7 @@ def test_head_gradients_with_scale_cap_and_bias_are_those_of_autograd(outputs, m
     rng = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((5, 4), (7, 4), (7,)))
     targets = torch.tensor([0, 3, 6, 1, 1])
-    monkeypatch.setitem(common.CHUNK_ELEMENTS, "cpu", 2 * 7)  # chunks of two tokens
+    monkeypatch.setitem(decoder.CHUNK_ELEMENTS, "cpu", 2 * 7)  # chunks of two tokens
 
     def plain(hidden, weight, bias):
         z = (hidden @ weight.T + bias) * 0.5
@@ -288,7 +298,7 @@ def test_head_gradients_with_scale_cap_and_bias_are_those_of_autograd(outputs, m
         return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
     def chunked(hidden, weight, bias):
-        return common.HeadLogprobs.apply(hidden, weight, bias, targets, 0.5, 2.0, 0.7, True)
+        return decoder.HeadLogprobs.apply(hidden, weight, bias, targets, 0.5, 2.0, 0.7, True)
 
     results = []
     for function in (plain, chunked):
@@ -310,7 +320,7 @@ def test_a_token_of_probability_zero_gives_no_nan():
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 2.0], [3.0, 3.0], [0.0, 4.0]], requires_grad=True)
     bias = torch.tensor([0.0, -torch.inf, 0.0], requires_grad=True)
-    logprob, entropy = common.HeadLogprobs.apply(hidden, weight, bias, torch.tensor([0, 2]), 1.0, None, 1.0, True)
+    logprob, entropy = decoder.HeadLogprobs.apply(hidden, weight, bias, torch.tensor([0, 2]), 1.0, None, 1.0, True)
     (logprob.sum() + entropy.sum()).backward()
     assert all(x.isfinite().all() for x in (logprob, entropy, hidden.grad, weight.grad, bias.grad))
     log_p = torch.tensor([[1.0, 0.0], [2.0, 4.0]]).log_softmax(1)  # of the two tokens that are left

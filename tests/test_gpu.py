@@ -11,7 +11,7 @@ from pretend_gpu import pretended_gpu
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import common
-from harness import cuda_graphs, lora
+from harness import cuda_graphs, decoder, lora
 from more import cov
 
 SAMPLERS = [common.sample, cuda_graphs.sample]
@@ -36,7 +36,7 @@ def gpu(loaded, engine_folder):
 
 
 def without_autocast(monkeypatch):
-    monkeypatch.setattr(common, "autocast", lambda device: nullcontext())
+    monkeypatch.setattr(decoder, "autocast", lambda device: nullcontext())
 
 
 def on_the_cpu(rollout):
@@ -121,13 +121,13 @@ def test_in_float32_samples_are_those_of_the_cpu(sample, gpu, loaded, toy, monke
 def cache_types(sample, gpu, tokenizer, monkeypatch):
     """The types of all keys and values in the cache at the end of a rollout."""
     caches = []
-    run_decoder = common.run_decoder
+    hidden_states = decoder.hidden_states
 
     def spy(model, cache, *inputs):
         caches.append(cache)
-        return run_decoder(model, cache, *inputs)
+        return hidden_states(model, cache, *inputs)
 
-    monkeypatch.setattr(common, "run_decoder", spy)
+    monkeypatch.setattr(decoder, "hidden_states", spy)
     rollout_of(gpu.model, tokenizer, sample=sample)
     return {x.dtype for layer in caches[-1].layers for x in (layer.keys, layer.values)}
 
@@ -135,7 +135,7 @@ def cache_types(sample, gpu, tokenizer, monkeypatch):
 @pytest.mark.parametrize("sample", SAMPLERS)
 def test_the_cache_is_in_bf16(sample, gpu, loaded, monkeypatch):
     assert cache_types(sample, gpu, loaded[1], monkeypatch) == {torch.bfloat16}
-    monkeypatch.setattr(common, "keys_like_values", lambda cache_class: cache_class)
+    monkeypatch.setattr(decoder, "keys_like_values", lambda cache_class: cache_class)
     assert cache_types(sample, gpu, loaded[1], monkeypatch) == {torch.bfloat16, torch.float32}
 
 
@@ -163,10 +163,11 @@ def test_the_next_token_takes_two_chunks_of_memory(greedy, autocast, gpu, monkey
     V, n, chunk = 5000, 64, 16
     sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=V, head_dim=8, **sizes)).to("cuda")
-    monkeypatch.setitem(common.CHUNK_ELEMENTS, "cuda", chunk * V)
+    monkeypatch.setitem(decoder.CHUNK_ELEMENTS, "cuda", chunk * V)
+    monkeypatch.setitem(common.CACHED_ELEMENTS, "cuda", 2 * V)
     hidden = torch.randn(n, 8).to("cuda")
     uniforms = torch.rand(n, 4).to("cuda")
-    with torch.inference_mode(), common.autocast(hidden.device) if autocast else nullcontext():
+    with torch.inference_mode(), decoder.autocast(hidden.device) if autocast else nullcontext():
         common.next_token(model, hidden[:1], uniforms[:1], 0.7, greedy)  # autocast keeps a copy of the head
         before = gpu.bytes
         gpu.peak = before
@@ -203,7 +204,7 @@ def test_a_micro_batch_waits_for_the_gpu_at_most_nine_times(gpu, loaded):
 
 def test_in_bf16_the_ratio_is_one_until_the_policy_moves(loaded, monkeypatch):
     """Because old and new log-probs are scored in the same micro-batches; those of the sampler differ."""
-    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr(decoder, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
     rollout = rollout_of(*loaded)
     for minibatches in (1, 3):
         trainer = trainer_of(*loaded, minibatches=minibatches, token_budget=60)

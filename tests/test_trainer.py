@@ -9,7 +9,7 @@ from helpers import T, grpo_update, rollout_of, score, trainer_of
 
 import common
 import grpo
-from harness import distributed, tiny
+from harness import decoder, distributed, tiny
 from harness.trainer import Completion, cost, cut, plan_microbatches, share_of_process, unique_completions
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_the_step_does_not_depend_on_how_it_is_cut_into_micro_batches(loaded, ro
 
 def test_the_step_does_not_depend_on_sharing_prompts(loaded, rollout, monkeypatch):
     shared = step(loaded, rollout, minibatches=2, token_budget=100)
-    monkeypatch.setattr(common, "shares_prompts", lambda model: False)
+    monkeypatch.setattr(decoder, "shares_prompts", lambda model: False)
     assert_same_step(step(loaded, rollout, minibatches=2, token_budget=100), shared)
 
 
