@@ -122,6 +122,8 @@ def shaped_rewards(
     rewards, group, punishment: [B]; entropy (nats), mask: [B, T].
     """
     rewards = rewards.float()
+    punishment = punishment.float()
+    mask = mask.float()
     H = torch.where(mask > 0, entropy.detach().float(), 1.0).clamp(entropy_min, entropy_max)  # padding may hold NaN
     reward_plus = torch.zeros_like(H)
     reward_minus = torch.zeros_like(H)

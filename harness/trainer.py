@@ -158,8 +158,8 @@ def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int, share_p
 class Mean:
     """A mean that is not divided yet."""
 
+    over: str  # what it is divided by: "minibatches", "tokens" or "scored tokens"
     sum: float = 0.0
-    count: float = 0.0
 
 
 @functools.lru_cache(maxsize=2)
@@ -194,10 +194,10 @@ class Trainer:
         self.seconds: dict[str, float] = {}  # of each phase of this step
         self.update_start = 0.0  # when this step's update began
         self.sampled_logprobs = torch.zeros(0)  # [B, T] of this step's rollout
-        self.n_tokens = 0.0  # of this minibatch
-        self.n_scored_tokens = 0.0  # of this minibatch: in rows that have a gradient
+        self.minibatch_counts: dict[str, float] = {}  # of minibatches (1), tokens, tokens in rows that are scored
         self.minibatch_sums: dict[str, Mean] = {}  # of each metric
-        self.step_sums: dict[str, Mean] = {}  # of each metric, without minibatches that were skipped
+        self.step_counts: dict[str, float] = {}  # the same two of the step, without minibatches that were skipped
+        self.step_sums: dict[str, Mean] = {}
         self.grad_norms: list[float] = []  # of the optimizer steps of this step that were not skipped
         self.n_skipped = 0  # optimizer steps of this step that were skipped
 
@@ -323,6 +323,7 @@ class Trainer:
         """
         self.update_start = time.perf_counter()
         self.sampled_logprobs = rollout.logprobs
+        self.step_counts = {}
         self.step_sums = {}
         self.grad_norms = []
         self.n_skipped = 0
@@ -341,8 +342,9 @@ class Trainer:
         for i, rows in enumerate(minibatches):
             loss_weights = torch.zeros_like(rollout.mask)  # [B, T]
             loss_weights[rows] = common.loss_weights(rollout.mask[rows], reduction)
-            self.n_tokens = float(rollout.mask[rows].sum())
-            self.n_scored_tokens = float(rollout.mask[rows[is_scored[rows]]].sum())
+            n_tokens = float(rollout.mask[rows].sum())
+            n_scored_tokens = float(rollout.mask[rows[is_scored[rows]]].sum())
+            self.minibatch_counts = {"minibatches": 1.0, "tokens": n_tokens, "scored tokens": n_scored_tokens}
             self.minibatch_sums = {}
             yield self.microbatches(rollout, plans[i], loss_weights, None if i == 0 else old_logprobs)
 
@@ -361,17 +363,17 @@ class Trainer:
         """Adds a micro-batch to the step's metrics: the loss of each token, [b, T], and tensors [b, T] or [b, 1]
         whose mean over all tokens is logged."""
         gap = (batch.old_logprobs - self.sampled_logprobs[batch.rows]).abs()  # [b, T] two ways to compute the same
-        counts = {"loss": 1.0, "sampling_logp_difference": self.n_scored_tokens}
+        over = {"loss": "minibatches", "sampling_logp_difference": "scored tokens"}
         sums = {
             "loss": (loss.detach() * batch.loss_weights).sum(),
             "sampling_logp_difference": (gap * batch.mask).sum(),
         }
         for name, value in metrics.items():
-            counts[name] = self.n_tokens
+            over[name] = "tokens"
             sums[name] = (value.detach() * batch.mask).sum()
         numbers = torch.stack(list(sums.values())).tolist()  # one wait for the GPU, not one for each
         for name, number in zip(sums, numbers, strict=True):
-            self.minibatch_sums.setdefault(name, Mean(count=counts[name])).sum += number
+            self.minibatch_sums.setdefault(name, Mean(over[name])).sum += number
 
     def optimizer_step(self) -> None:
         """Steps on the gradient of the minibatch, after clipping its norm. If loss or gradient is not finite, it skips
@@ -379,7 +381,7 @@ class Trainer:
         totals: dict[str, Mean] = {}
         for sums in distributed.all_gather(self.minibatch_sums):  # a process without rows has none
             for name, part in sums.items():
-                totals.setdefault(name, Mean(count=part.count)).sum += part.sum
+                totals.setdefault(name, Mean(part.over)).sum += part.sum
         distributed.all_reduce_gradients(self.model)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm))
         loss = totals["loss"].sum if totals else 0.0  # without a row that has a gradient there is no loss
@@ -387,17 +389,17 @@ class Trainer:
             self.optimizer.step()
             self.scheduler.step()
             self.grad_norms.append(norm)
+            for what, count in self.minibatch_counts.items():
+                self.step_counts[what] = self.step_counts.get(what, 0.0) + count
             for name, total in totals.items():
-                mean = self.step_sums.setdefault(name, Mean())
-                mean.sum += total.sum
-                mean.count += total.count
+                self.step_sums.setdefault(name, Mean(total.over)).sum += total.sum
         else:
             self.n_skipped += 1
         self.optimizer.zero_grad(set_to_none=True)  # sampling does not need this memory
 
     def metrics_of_update(self) -> dict[str, float]:
         """The metrics of a step's update, without the optimizer steps that were skipped."""
-        means = {name: mean.sum / max(1.0, mean.count) for name, mean in self.step_sums.items()}
+        means = {name: mean.sum / max(1.0, self.step_counts[mean.over]) for name, mean in self.step_sums.items()}
         return {
             "loss": 0.0,  # if no row had a gradient
             **means,

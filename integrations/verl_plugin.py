@@ -63,11 +63,6 @@ def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return (logprobs - old_logprobs).exp()
 
 
-def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, mean: str = "geometric") -> Tensor:
-    """One ratio per completion, at all of its tokens. [b, 1]"""
-    return grpo_s.sequence_ratio(logprobs, old_logprobs, mask, mean)[:, None]
-
-
 def policy_loss(
     ratio_of: Callable[..., Tensor], loss: Callable[..., Tensor]
 ) -> Callable[..., tuple[Tensor, dict[str, float]]]:
@@ -121,7 +116,9 @@ for name in SCRIPTS:
     register_adv_est(name)(estimator(name))
 register_policy_loss("egsw")(policy_loss(token_ratio, egsw.loss))
 register_policy_loss("gtpo")(policy_loss(token_ratio, gtpo.loss))
-register_policy_loss("grpo_s")(policy_loss(sequence_ratio, grpo_s.loss))
-register_policy_loss("grpo_s_arithmetic")(policy_loss(partial(sequence_ratio, mean="arithmetic"), grpo_s.loss))
+register_policy_loss("grpo_s")(policy_loss(grpo_s.sequence_ratio, grpo_s.loss))
+register_policy_loss("grpo_s_arithmetic")(
+    policy_loss(partial(grpo_s.sequence_ratio, ratio_mean="arithmetic"), grpo_s.loss)
+)
 for mode in ("sync", "colocate_async", "separate_async"):
     register_trainer(f"entropy_{mode}")(entropy_trainer(mode))

@@ -56,10 +56,7 @@ def advantages(rewards: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     return result
 
 
-def token_advantages(
-    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
-    advantage: str = "grpo",
-) -> Tensor:  # fmt: skip
+def token_advantages(rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor) -> Tensor:
     """The advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy moves.
 
     rewards, group: [B]; entropy (nats), mask: [B, T]. Every method has this function. CISPO does not use entropy.

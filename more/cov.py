@@ -72,10 +72,7 @@ def advantages(rewards: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     return result
 
 
-def token_advantages(
-    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
-    advantage: str = "grpo",
-) -> Tensor:  # fmt: skip
+def token_advantages(rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor) -> Tensor:
     """The advantage of every token: [B, T], 0 where mask is 0. With Clip-Cov, chosen_tokens() then lose theirs.
 
     rewards, group: [B]; entropy (nats), mask: [B, T]. Every method has this function. These do not use entropy.

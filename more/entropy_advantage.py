@@ -61,7 +61,7 @@ def advantages(rewards: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
 
 def token_advantages(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
-    advantage: str = "grpo", alpha: float = 0.4, kappa: float = 2.0,
+    alpha: float = 0.4, kappa: float = 2.0,
 ) -> Tensor:  # fmt: skip
     """The shaped advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy moves.
 

@@ -73,7 +73,7 @@ def forking_tokens(entropy: Tensor, mask: Tensor, rho: float = 0.2) -> Tensor:
 
 def token_advantages(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
-    advantage: str = "grpo", rho: float = 0.2,
+    rho: float = 0.2,
 ) -> Tensor:  # fmt: skip
     """The advantage of every token: [B, T], 0 where mask is 0 and where the entropy is low. It multiplies grad log pi
     until the policy moves.

@@ -118,10 +118,10 @@ def rollout_of(model, tokenizer, Q=6, G=4, seed=0, questions=None, sample=common
     return sample(model, prompts, G, T, [tokenizer.eos_token_id], uniforms, **options)
 
 
-def score(model, rollout, temperature=1.0):
+def score(model, rollout, temperature=1.0, **options):
     """Log-probs and entropy of a rollout by common.token_logprobs, without gradient: two [B, T]."""
     with torch.no_grad():
-        return common.token_logprobs(model, *score_inputs(rollout), temperature, with_entropy=True)
+        return common.token_logprobs(model, *score_inputs(rollout), temperature, with_entropy=True, **options)
 
 
 def score_inputs(rollout):
@@ -153,4 +153,65 @@ def assert_same_samples(a, b):
 def trainer_of(model, tokenizer, problems=(), **options):
     """A Trainer that has no run around it."""
     settings = {"lr": 1e-3, "max_new_tokens": T, "token_budget": 10**6} | options
-    return Trainer(RunConfig(**settings), model, tokenizer, list(problems), source="")
+    return Trainer(RunConfig(**settings), model, tokenizer, list(problems), base_name="")
+
+
+def grpo_update(trainer, rollout, A, reduction="sequence", skip_zero=True):
+    """One step of GRPO with these advantages, [B] or [B, T], and its metrics. Returns the micro-batches.
+
+    skip_zero: rows whose advantage is 0 are not scored.
+    """
+    batches = []
+    for minibatch in trainer.minibatches(rollout, reduction, A if skip_zero else None):
+        for batch in minibatch:
+            batches.append(batch)
+            ratio = (batch.logprobs - batch.old_logprobs).exp()
+            per_token = grpo.loss(ratio, A[batch.rows], batch.mask)
+            (per_token * batch.loss_weights).sum().backward()
+            trainer.record(batch, per_token, **common.clip_fractions(ratio, A[batch.rows], 0.2, 0.2))
+        trainer.optimizer_step()
+    return batches
+
+
+def main_on(monkeypatch, name, loaded, rollout, *options, ref_logprobs=None):
+    """Runs a method's main() for one step on this rollout. Returns its Trainer; .gradients has one for each optimizer
+    step, all weights in one vector."""
+
+    class RunOnRollout(Trainer):
+        def __init__(self, cfg):
+            cfg.max_new_tokens = T
+            cfg.token_budget = 100
+            cfg.lr = 1e-3
+            super().__init__(cfg, *loaded, [], base_name="")
+            self.gradients = []
+            runs.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def steps(self):
+            return [1]
+
+        def sample(self):
+            return rollout
+
+        def verify(self, rollout):
+            return rollout
+
+        def reference_logprobs(self, rollout):
+            return ref_logprobs
+
+        def log(self, *_):
+            pass
+
+        def optimizer_step(self):
+            self.gradients.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
+            super().optimizer_step()
+
+    runs = []
+    monkeypatch.setattr(METHODS[name], "Run", RunOnRollout)
+    call(monkeypatch, name, *map(str, options))
+    return runs[0]

@@ -35,7 +35,7 @@ def spread(values, mask):
     return [[values[i] * float(m) for m in mask[i]] for i in range(len(values))]
 
 
-def grpo_advantages(rewards, group, kind="grpo", eps=1e-6):
+def grpo_advantages(rewards, group, advantage="grpo", eps=1e-6):
     result = []
     for i in range(len(rewards)):
         r = [float(rewards[j]) for j in mates(group, i)]
@@ -43,9 +43,9 @@ def grpo_advantages(rewards, group, kind="grpo", eps=1e-6):
         own = float(rewards[i])
         if max(r) == min(r):
             result.append(0.0)
-        elif kind == "grpo":
+        elif advantage == "grpo":
             result.append((own - mean) / (std + eps))
-        elif kind == "dr_grpo":
+        elif advantage == "dr_grpo":
             result.append(own - mean)
         else:  # rloo
             result.append(own - (sum(r) - own) / (len(r) - 1))
@@ -109,7 +109,10 @@ def gtpo_punishment(rewards, lengths, group, gamma):
     return result
 
 
-def gtpo_shaped(rewards, H, mask, group, alpha1, alpha2, compare, mean, scope, h_min=0.0, h_max=math.inf, extra=None):
+def gtpo_shaped(
+    rewards, H, mask, group, alpha1, alpha2, entropy_baseline, entropy_mean, compare_over,
+    h_min=0.0, h_max=math.inf, punishment=None,
+):  # fmt: skip
     """r+ and r- of every token (Eq. 2 and 3), two [B][T]."""
     B, T = mask.shape
     plus = [[0.0] * T for _ in range(B)]
@@ -126,25 +129,25 @@ def gtpo_shaped(rewards, H, mask, group, alpha1, alpha2, compare, mean, scope, h
             pool = []
             for k in range(B):
                 same_outcome = (rewards[k] > 0.5) == (rewards[i] > 0.5)
-                in_scope = scope == "batch" or int(group[k]) == int(group[i])
-                if not (same_outcome and in_scope and is_mixed(rewards, group, k)):
+                in_set = compare_over == "batch" or int(group[k]) == int(group[i])
+                if not (same_outcome and in_set and is_mixed(rewards, group, k)):
                     continue
                 for s in range(n_tokens(mask, k)):
-                    if {"column": s == t, "row": k == i, "matrix": True}[compare]:
+                    if {"column": s == t, "row": k == i, "matrix": True}[entropy_baseline]:
                         pool.append(value(k, s))
-            if mean == "arithmetic":
+            if entropy_mean == "arithmetic":
                 centre = sum(pool) / len(pool)
             else:
                 centre = math.exp(sum(math.log(v) for v in pool) / len(pool))
-            punishment = extra[i] if extra else 0.0
+            p = punishment[i] if punishment else 0.0
             if rewards[i] > 0.5:
-                plus[i][t] = alpha1 * (float(rewards[i]) + punishment) + alpha2 * value(i, t) / centre
+                plus[i][t] = alpha1 * (float(rewards[i]) + p) + alpha2 * value(i, t) / centre
             else:
-                minus[i][t] = -alpha1 + alpha1 * punishment - alpha2 * value(i, t) / centre
+                minus[i][t] = -alpha1 + alpha1 * p - alpha2 * value(i, t) / centre
     return plus, minus
 
 
-def gtpo_advantages(plus, minus, rewards, mask, group, scope, normalize, eps=1e-6):
+def gtpo_advantages(plus, minus, rewards, mask, group, compare_over, normalize_over, eps=1e-6):
     """Eq. 4."""
     B, T = mask.shape
     result = [[0.0] * T for _ in range(B)]
@@ -154,9 +157,9 @@ def gtpo_advantages(plus, minus, rewards, mask, group, scope, normalize, eps=1e-
         shaped = plus if rewards[i] > 0.5 else minus
         pool = []
         for k in range(B):
-            in_scope = scope == "batch" or int(group[k]) == int(group[i])
-            counts = normalize == "all" or (rewards[k] > 0.5) == (rewards[i] > 0.5)
-            if in_scope and counts and is_mixed(rewards, group, k):
+            in_set = compare_over == "batch" or int(group[k]) == int(group[i])
+            counts = normalize_over == "all" or (rewards[k] > 0.5) == (rewards[i] > 0.5)
+            if in_set and counts and is_mixed(rewards, group, k):
                 pool += [shaped[k][s] for s in range(n_tokens(mask, k))]
         mean, std = mean_and_std(pool)
         if max(pool) > min(pool):
@@ -165,12 +168,12 @@ def gtpo_advantages(plus, minus, rewards, mask, group, scope, normalize, eps=1e-
     return result
 
 
-def grpo_s_shaped(rewards, H, mask, group, beta1, beta2, mean, h_min):
+def grpo_s_shaped(rewards, H, mask, group, beta1, beta2, entropy_mean, h_min):
     """The shaped reward of every completion (Eq. 6)."""
 
     def mean_entropy(i):
         h = [float(H[i, t]) for t in range(n_tokens(mask, i))]
-        if mean == "geometric":
+        if entropy_mean == "geometric":
             return math.exp(sum(math.log(max(v, h_min)) for v in h) / len(h))
         return max(sum(h) / len(h), h_min)
 
@@ -221,7 +224,7 @@ def quantile_advantages(rewards, group, K, eps=1e-6):
     return result
 
 
-def cov_chosen(A, logprobs, uniforms, kind, share, lower, upper):
+def cov_chosen(A, logprobs, uniforms, variant, share, lower, upper):
     """[B][T]. A: [B][T], 0 for padding."""
     B, T = logprobs.shape
     counted = [(i, t) for i in range(B) for t in range(T) if A[i][t]]
@@ -231,7 +234,7 @@ def cov_chosen(A, logprobs, uniforms, kind, share, lower, upper):
     mean_A = sum(A[i][t] for i, t in counted) / len(counted)
     mean_logprob = sum(float(logprobs[i, t]) for i, t in counted) / len(counted)
     cov = {(i, t): (A[i][t] - mean_A) * (float(logprobs[i, t]) - mean_logprob) for i, t in counted}
-    if kind == "kl":
+    if variant == "kl":
         ranked = sorted(counted, key=lambda token: -cov[token])
     else:
         candidates = [token for token in counted if lower < cov[token] < upper]

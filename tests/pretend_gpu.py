@@ -168,7 +168,8 @@ class PretendedGpu(TorchDispatchMode):
             self.check_indexing(name, *args[:3])
         elif name in ("_to_copy", "copy_"):
             to_gpu = isinstance(args[0], GpuTensor) if device is None else to_gpu
-            if to_gpu != isinstance(args[1] if name == "copy_" else args[0], GpuTensor):
+            source = args[1] if name == "copy_" else args[0]
+            if to_gpu != isinstance(source, GpuTensor) and source.numel() > 0:
                 self.wait("copy to the GPU" if to_gpu else "copy to the CPU")
         elif name in WAITING:
             self.wait(name)
@@ -212,7 +213,8 @@ def pretended_gpu(folder: Path) -> Iterator[PretendedGpu]:
         subprocess.run(command, input=ENGINE, text=True, check=True)
 
     gpu = PretendedGpu()
-    attention, silu, save = functional.scaled_dot_product_attention, functional.silu, PreTrainedModel.save_pretrained
+    attention, silu = functional.scaled_dot_product_attention, functional.silu
+    save, save_pretrained = torch.save, PreTrainedModel.save_pretrained
 
     def attention_on_gpu(*tensors, **options):
         if not isinstance(tensors[0], GpuTensor):
@@ -224,9 +226,13 @@ def pretended_gpu(folder: Path) -> Iterator[PretendedGpu]:
     def silu_on_gpu(x, inplace=False):
         return ByTheCpu.apply(gpu, silu, {}, x) if isinstance(x, GpuTensor) else silu(x)
 
-    def save_from_gpu(model, path, state_dict=None, **options):
+    def save_from_gpu(value, *args):
+        return save(tree_map_only(GpuTensor, lambda x: x.cpu(), value), *args)
+
+    def save_pretrained_from_gpu(model, path, state_dict=None, **options):
         weights = state_dict or dict(model.named_parameters())
-        return save(model, path, state_dict={name: p.detach().cpu() for name, p in weights.items()}, **options)
+        weights = {name: p.detach().cpu() for name, p in weights.items()}
+        return save_pretrained(model, path, state_dict=weights, **options)
 
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "_lazy_init": None,
                "is_bf16_supported": True, "mem_get_info": (2**36, 2**36), "reset_peak_memory_stats": None}  # fmt: skip
@@ -239,7 +245,8 @@ def pretended_gpu(folder: Path) -> Iterator[PretendedGpu]:
             patch.setattr(torch.cuda, name, value)
         patch.setattr(functional, "scaled_dot_product_attention", attention_on_gpu)
         patch.setattr(functional, "silu", silu_on_gpu)
-        patch.setattr(PreTrainedModel, "save_pretrained", save_from_gpu)
+        patch.setattr(torch, "save", save_from_gpu)
+        patch.setattr(PreTrainedModel, "save_pretrained", save_pretrained_from_gpu)
         try:
             for switch in switches:
                 switch(True)

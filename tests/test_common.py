@@ -4,20 +4,32 @@ import math
 
 import pytest
 import torch
+import transformers
 from helpers import T, assert_same_samples, naive_score, rollout_of, score, score_inputs
 
 import common
-from harness import cuda_graphs, data
+import harness.model
+from harness import cuda_graphs, decoder
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("room", [1, 3, 64])
 @pytest.mark.parametrize("compact_below", [0.0, 0.5, 1.0])
-def test_dropping_ended_rows_changes_no_sample(compact_below, loaded, monkeypatch):
+def test_neither_dropping_ended_rows_nor_the_room_of_the_cache_changes_a_sample(
+    compact_below, room, loaded, monkeypatch
+):
     r = rollout_of(*loaded)
     assert 0 < r.finished.sum() < len(r)  # some rows end early and some do not
+    torch.testing.assert_close(score(loaded[0], r)[0], r.logprobs, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(common, "COMPACT_BELOW", compact_below)
+    monkeypatch.setattr(decoder, "ROOM", room)
     assert_same_samples(rollout_of(*loaded), r)
+
+
+def test_children_are_the_pairs_of_node_and_token():
+    children = common.choose_children(torch.tensor([0, 0, 0, 1]), torch.tensor([5, 7, 5, 5]))
+    assert [x.tolist() for x in children] == [[0, 0, 1], [5, 7, 5], [0, 1, 0, 2]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -67,7 +79,7 @@ def test_eos_stays_in_the_loss_when_it_is_also_the_pad_token(loaded, tmp_path):
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, tokenizer = data.load_model(str(tmp_path), torch.device("cpu"))
+    model, tokenizer = harness.model.load_model(str(tmp_path), torch.device("cpu"))
     assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
     r = rollout_of(model, tokenizer)
     assert_same_samples(r, expected)
@@ -161,41 +173,116 @@ def test_concatenate_keeps_rows_and_keeps_groups_apart(loaded):
 # --- log-probs and entropy --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
+def with_gradients(model, logprobs, entropy=None):
+    """Log-probs, entropy if given, and the gradients of all weights for a sum of them with unequal factors."""
+    model.zero_grad()
+    total = (logprobs * torch.arange(1, T + 1)).sum()
+    if entropy is not None:
+        total = total + 0.3 * entropy.sum()
+    total.backward()
+    outputs = [x.detach() for x in (logprobs, entropy) if x is not None]
+    return outputs + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def assert_near(tensors, expected):
+    """The distance of each is at most 1e-5 of its size."""
+    for a, b in zip(tensors, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10**6])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs_and_their_gradients_equal_log_softmax_of_the_full_logits(
     loaded, chunk, temperature, monkeypatch
 ):
+    """With prompts scored once for their group or in every row, with and without entropy, junk in all padding, and
+    groups whose rows lie apart."""
     model, tokenizer = loaded
-    monkeypatch.setitem(common.CHUNK_ELEMENTS, "cpu", chunk * len(tokenizer))
-    r = rollout_of(model, tokenizer, Q=3)
-    results = []
-    for logprobs, entropy in (
-        common.token_logprobs(model, *score_inputs(r), temperature, with_entropy=True),
-        naive_score(model, r, temperature),
-    ):
-        model.zero_grad()
-        ((logprobs * torch.arange(T)).sum() + 0.3 * entropy.sum()).backward()
-        results.append((logprobs, entropy, [p.grad.clone() for p in model.parameters()]))
-    (logprobs, entropy, gradients), (expected, expected_entropy, expected_gradients) = results
-    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=1e-5)
-    for a, b in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-5)
+    monkeypatch.setitem(decoder.CHUNK_ELEMENTS, "cpu", chunk * len(tokenizer))
+    r = rollout_of(model, tokenizer, questions=["1+2?", "12+3-14+5?", "9-8?"])
+    r = r.select(torch.randperm(len(r), generator=torch.Generator().manual_seed(1)))
+    expected = with_gradients(model, *naive_score(model, r, temperature))
+    without_entropy = with_gradients(model, naive_score(model, r, temperature)[0])
+    r.completion_ids = torch.where(r.mask > 0, r.completion_ids, -100)
+    past = torch.arange(r.prompt_ids.shape[1]) >= r.prompt_lengths[:, None]
+    r.prompt_ids = torch.where(past, torch.arange(len(r))[:, None] % 5, r.prompt_ids)
+    for group in (None, 7 - 3 * r.group, torch.arange(len(r))):
+        scored = common.token_logprobs(model, *score_inputs(r), temperature, with_entropy=True, group=group)
+        assert_near(with_gradients(model, *scored), expected)
+        logprobs, entropy = common.token_logprobs(model, *score_inputs(r), temperature, group=group)
+        assert entropy is None
+        assert_near(with_gradients(model, logprobs), without_entropy)
 
 
-def test_without_entropy_the_log_probs_and_gradients_are_the_same_bits(loaded):
+def runs_of_the_decoder(model, r, group):
+    """The shapes of the ids that the decoder runs on."""
+    shapes = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    score(model, r, group=group)
+    hook.remove()
+    return shapes
+
+
+def test_a_prompt_runs_once_for_its_group(loaded):
     model, tokenizer = loaded
-    r = rollout_of(model, tokenizer, Q=3)
-    results = []
-    for with_entropy in (False, True):
-        model.zero_grad()
-        logprobs, entropy = common.token_logprobs(model, *score_inputs(r), with_entropy=with_entropy)
-        (logprobs * torch.arange(T)).sum().backward()
-        assert (entropy is not None) == with_entropy
-        results.append([logprobs, *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    r = rollout_of(model, tokenizer, questions=["1+2?", "12+3-14+5?"])
+    T_max = int(r.mask.sum(1).max())
+    assert runs_of_the_decoder(model, r, r.group) == [(2, 10), (8, T_max - 1)]
+    assert runs_of_the_decoder(model, r, None) == [(8, int((r.prompt_lengths + r.mask.sum(1)).max()))]
+    first_tokens = common.replace(r, mask=r.mask * (torch.arange(T) == 0))
+    assert runs_of_the_decoder(model, first_tokens, r.group) == [(2, 10)]
+
+
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=8, max_position_embeddings=64, pad_token_id=0)  # fmt: skip
+SHARING = {
+    "Mistral": dict(sliding_window=3),  # shorter than the prompts
+    "Gemma2": dict(sliding_window=5, query_pre_attn_scalar=8, final_logit_softcapping=3.0),
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+NOT_SHARING = {
+    "Lfm2": dict(layer_types=["conv", "full_attention"]),
+    "Qwen3Next": dict(
+        layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*SHARING, *NOT_SHARING])
+def test_other_families_share_prompts_where_they_keep_keys_and_values_alone(family, loaded):
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip("this version of transformers does not have it")
+    tokenizer = loaded[1]
+    sizes = {} if family == "GPT2" else SMALL
+    options = sizes | (SHARING | NOT_SHARING)[family] | {"vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**options)).eval()
+    for p in model.parameters():  # far from a uniform distribution
+        p.data = p.data * 3 if p.dim() == 2 else p.data + 0.1 * torch.randn_like(p)
+    prompts = tokenizer(["1+2?", "12+3-14+5?", "9-8?"])["input_ids"]
+    r = common.empty_rollout(prompts, 4, T, model.device)
+    r.completion_ids = torch.randint(len(tokenizer), r.completion_ids.shape)
+    r.mask = (torch.arange(T) < torch.randint(1, T + 1, (12, 1))).float()
+    inputs = (model, *score_inputs(r), 0.8, True)
+    results = [with_gradients(model, *common.token_logprobs(*inputs, group)) for group in (r.group, None)]
+    assert_near(*results)
+    assert decoder.shares_prompts(model) == (family in SHARING) == (len(runs_of_the_decoder(model, r, r.group)) == 2)
+
+
+def test_with_gradient_checkpointing_no_prompt_is_shared(loaded):
+    model, tokenizer = loaded
+    r = rollout_of(model, tokenizer)
+    expected = with_gradients(model, common.token_logprobs(model, *score_inputs(r), group=r.group)[0])
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert not decoder.shares_prompts(model) and len(runs_of_the_decoder(model, r, r.group)) == 1
+    assert_near(with_gradients(model, common.token_logprobs(model, *score_inputs(r), group=r.group)[0]), expected)
+    model.gradient_checkpointing_disable()
+    assert decoder.shares_prompts(model)
 
 
 @pytest.mark.parametrize("outputs", ["log-prob", "entropy", "both"])
@@ -203,7 +290,7 @@ def test_head_gradients_with_scale_cap_and_bias_are_those_of_autograd(outputs, m
     rng = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((5, 4), (7, 4), (7,)))
     targets = torch.tensor([0, 3, 6, 1, 1])
-    monkeypatch.setitem(common.CHUNK_ELEMENTS, "cpu", 2 * 7)  # chunks of two tokens
+    monkeypatch.setitem(decoder.CHUNK_ELEMENTS, "cpu", 2 * 7)  # chunks of two tokens
 
     def plain(hidden, weight, bias):
         z = (hidden @ weight.T + bias) * 0.5
@@ -211,7 +298,7 @@ def test_head_gradients_with_scale_cap_and_bias_are_those_of_autograd(outputs, m
         return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
     def chunked(hidden, weight, bias):
-        return common.HeadLogprobs.apply(hidden, weight, bias, targets, 0.5, 2.0, 0.7, True)
+        return decoder.HeadLogprobs.apply(hidden, weight, bias, targets, 0.5, 2.0, 0.7, True)
 
     results = []
     for function in (plain, chunked):
@@ -233,7 +320,7 @@ def test_a_token_of_probability_zero_gives_no_nan():
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 2.0], [3.0, 3.0], [0.0, 4.0]], requires_grad=True)
     bias = torch.tensor([0.0, -torch.inf, 0.0], requires_grad=True)
-    logprob, entropy = common.HeadLogprobs.apply(hidden, weight, bias, torch.tensor([0, 2]), 1.0, None, 1.0, True)
+    logprob, entropy = decoder.HeadLogprobs.apply(hidden, weight, bias, torch.tensor([0, 2]), 1.0, None, 1.0, True)
     (logprob.sum() + entropy.sum()).backward()
     assert all(x.isfinite().all() for x in (logprob, entropy, hidden.grad, weight.grad, bias.grad))
     log_p = torch.tensor([[1.0, 0.0], [2.0, 4.0]]).log_softmax(1)  # of the two tokens that are left
@@ -247,17 +334,6 @@ def test_scoring_gives_the_log_probs_of_sampling(loaded, temperature):
     logprobs, entropy = score(model, r, temperature)
     torch.testing.assert_close(logprobs, r.logprobs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, r.entropy, atol=1e-5, rtol=1e-5)
-
-
-def test_what_stands_in_the_padding_does_not_matter(loaded):
-    model, tokenizer = loaded
-    r = rollout_of(model, tokenizer)
-    expected = score(model, r)
-    r.completion_ids = torch.where(r.mask > 0, r.completion_ids, 5)
-    past = torch.arange(r.prompt_ids.shape[1]) >= r.prompt_lengths[:, None]
-    r.prompt_ids = torch.where(past, 7, r.prompt_ids)
-    for a, b in zip(score(model, r), expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

@@ -8,15 +8,26 @@ from types import SimpleNamespace
 import plain
 import pytest
 import torch
-from helpers import METHODS, SCRIPTS, batch, error_line, random_logprobs, token_advantages
+from helpers import (
+    METHODS,
+    SCRIPTS,
+    T,
+    batch,
+    error_line,
+    main_on,
+    random_logprobs,
+    rollout_of,
+    score_inputs,
+    token_advantages,
+)
 
 import dapo
 import egsw
 import grpo
 import grpo_s
 import gtpo
-from common import Rollout, loss_weights
-from harness.options import parse
+from common import Rollout, loss_weights, token_logprobs
+from harness.options import keywords, parse
 
 
 def method_loss(name, new, old, rewards, group, mask, entropy):
@@ -27,7 +38,7 @@ def method_loss(name, new, old, rewards, group, mask, entropy):
 
 def token_loss(name, new, old, A, mask):
     """The loss of every token, [B, T]. With Clip-Cov, no token is chosen (test_more.py tests the choice)."""
-    ratio = grpo_s.sequence_ratio(new, old, mask)[:, None] if name == "grpo_s" else (new - old).exp()
+    ratio = grpo_s.sequence_ratio(new, old, mask) if name == "grpo_s" else (new - old).exp()
     own_arguments = {"cov": {"chosen": torch.zeros_like(mask).bool()}, "cispo": {"logprobs": new}}
     return METHODS[name].loss(ratio, A, mask, **own_arguments.get(name, {}))
 
@@ -48,8 +59,8 @@ def test_grpo_advantages_of_a_worked_example():
     torch.testing.assert_close(grpo.advantages(rewards, group, "rloo"), torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
 
 
-def test_an_unknown_kind_of_advantage_is_an_error():
-    with pytest.raises(ValueError, match="kind"):
+def test_an_unknown_advantage_is_an_error():
+    with pytest.raises(ValueError, match="advantage"):
         grpo.advantages(torch.tensor([1.0, 0.0]), torch.zeros(2), "gae")
 
 
@@ -99,7 +110,7 @@ def test_k3_gradient_is_one_minus_ref_over_pi():
 def test_overlong_punishment_is_eq_13():
     lengths = torch.tensor([1, 80, 90, 99, 100, 101, 150]).float()
     expected = [0.0, 0.0, -0.5, -0.95, -1.0, -1.0, -1.0]
-    assert dapo.overlong_punishment(lengths, 100, 20).tolist() == pytest.approx(expected)
+    assert dapo.overlong_punishment(lengths, 100, 0.2).tolist() == pytest.approx(expected, abs=1e-6)
     assert dapo.overlong_punishment(lengths[:5], 100, 0).tolist() == [0.0] * 5
 
 
@@ -108,7 +119,7 @@ def test_dapo_punishment_enters_the_advantage_but_not_of_an_uninformative_group(
     A = dapo.advantages(torch.tensor([1.0, 0, 1, 1]), group, torch.tensor([-0.5, 0, -1, 0]))
     torch.testing.assert_close(A, torch.tensor([1.0, -1.0, 0, 0]), atol=1e-4, rtol=0)
     assert dapo.advantages(torch.tensor([1.0, 0]), group[:2], torch.tensor([-1.0, 0])).tolist() == [0.0, 0.0]
-    assert dapo.informative(torch.tensor([1.0, 0, 1, 1]), group).tolist() == [True, True, False, False]
+    assert dapo.outcomes_differ(torch.tensor([1.0, 0, 1, 1]), group).tolist() == [True, True, False, False]
 
 
 def test_dapo_samples_until_it_has_enough_groups_and_no_further():
@@ -144,51 +155,24 @@ def test_egsw_weights_are_the_softmax(step_wise, mean_one):
     torch.testing.assert_close(got, egsw_loops(A, entropy, mask, group, 0.7, 0.6, step_wise, mean_one))
 
 
-def test_egsw_weights_sum_to_the_active_rows_of_each_column():
-    rewards, group, mask, entropy = batch()
-    A = egsw.advantages(rewards, group)
-    for g in group.unique():
-        rows = group == g
-        active = mask[rows].sum(0)
-        torch.testing.assert_close(egsw.weights(A, entropy, mask, group)[rows].sum(0), active)
-        paper = egsw.weights(A, entropy, mask, group, mean_one=False)[rows].sum(0)
-        torch.testing.assert_close(paper, (active > 0).float())
-
-
 @pytest.mark.parametrize("step_wise", [True, False])
 def test_egsw_at_infinite_temperature_is_grpo(step_wise):
     rewards, group, mask, entropy = batch()
-    A = egsw.advantages(rewards, group)
-    W = egsw.weights(A, entropy, mask, group, temperature=1e9, step_wise=step_wise)
-    grads = []
-    for weight in (W, torch.ones_like(mask)):
-        new, old = random_logprobs(mask)
-        (weight * egsw.loss((new - old).exp(), A, mask) * loss_weights(mask, "sequence")).sum().backward()
-        grads.append(new.grad)
-    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-6)
+    A = egsw.token_advantages(rewards, entropy, mask, group, weight_temperature=1e9, step_wise=step_wise)
+    torch.testing.assert_close(A, grpo.token_advantages(rewards, entropy, mask, group), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30])
 def test_egsw_at_zero_temperature_picks_the_largest_value(temperature):
     rewards, group, mask, entropy = batch()
     A = egsw.advantages(rewards, group)
-    W = egsw.weights(A, entropy, mask, group, alpha=0.5, temperature=temperature, mean_one=False)
+    W = egsw.weights(A, entropy, mask, group, alpha=0.5, weight_temperature=temperature, mean_one=False)
     value = torch.where(mask > 0, A[:, None] + 0.5 * entropy, -torch.inf)
     for g in group.unique():
         rows = (group == g).nonzero().squeeze(1)
         for t in range(mask.shape[1]):
             if mask[rows, t].any():
                 assert float(W[rows[value[rows, t].argmax()], t]) == pytest.approx(1.0)
-
-
-def test_egsw_with_equal_entropies_is_a_softmax_over_the_advantage():
-    rewards, group, mask, _ = batch()
-    A = egsw.advantages(rewards, group)
-    W = egsw.weights(A, torch.full_like(mask, 0.3), mask, group, temperature=0.7, step_wise=False, mean_one=False)
-    for g in group.unique():
-        rows = group == g
-        expected = (A[rows] / 0.7).softmax(0)[:, None] * mask[rows]
-        torch.testing.assert_close(W[rows], expected)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
@@ -202,61 +186,63 @@ def test_egsw_weighs_any_advantage(kind, step_wise):
     torch.testing.assert_close(both[0], egsw_loops(A, entropy, mask, group, 0.5, 2.0, step_wise, True))
 
 
-def test_egsw_weights_carry_no_gradient():
+def test_to_weigh_the_advantage_is_to_weigh_the_clipped_objective():
+    """w min(r A, clip(r) A) = min(r w A, clip(r) w A), because w is never negative."""
     rewards, group, mask, entropy = batch()
-    A = egsw.advantages(rewards, group).requires_grad_()
-    assert not egsw.weights(A, entropy.requires_grad_(), mask, group).requires_grad
-
-
-def test_egsw_token_advantages_are_weighted_advantages():
-    rewards, group, mask, entropy = batch()
-    A = egsw.advantages(rewards, group, "rloo")
-    expected = A[:, None] * egsw.weights(A, entropy, mask, group, 0.7, 0.6, False, False)
-    options = dict(advantage="rloo", alpha=0.7, weight_temperature=0.6, step_wise=False, mean_one=False)
-    torch.testing.assert_close(egsw.token_advantages(rewards, entropy, mask, group, **options), expected)
+    A = egsw.advantages(rewards, group)
+    W = egsw.weights(A, entropy, mask, group)
+    results = []
+    for weighted in (True, False):
+        new, old = random_logprobs(mask)
+        ratio = (new - old).exp()
+        per_token = egsw.loss(ratio, A[:, None] * W, mask) if weighted else W * egsw.loss(ratio, A, mask)
+        per_token.sum().backward()
+        results.append((per_token.detach(), new.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # --- GTPO -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["batch", "group"])
-@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
-@pytest.mark.parametrize("compare", ["column", "row", "matrix"])
-def test_gtpo_shaped_rewards_are_eq_2_and_3(compare, mean, scope):
+def gtpo_shaped(rewards, entropy, mask, group, *values, punishment=None, **options):
+    """r+ and r- without a punishment, unless one is given."""
+    punishment = torch.zeros_like(rewards) if punishment is None else punishment
+    return gtpo.shaped_rewards(rewards, entropy, mask, group, punishment, *values, **options)
+
+
+@pytest.mark.parametrize("compare_over", ["batch", "group"])
+@pytest.mark.parametrize("entropy_mean", ["arithmetic", "geometric"])
+@pytest.mark.parametrize("entropy_baseline", ["column", "row", "matrix"])
+def test_gtpo_shaped_rewards_are_eq_2_and_3(entropy_baseline, entropy_mean, compare_over):
     rewards, group, mask, entropy = batch()
-    rewards[group == 2] = 1.0  # one group without information
-    got = gtpo.shaped_rewards(rewards, entropy, mask, group, 0.9, 0.2, compare, mean, scope)
-    expected = plain.gtpo_shaped(rewards, entropy, mask, group, 0.9, 0.2, compare, mean, scope)
+    rewards[group == 2] = 1.0  # one group without a difference
+    punishment = -0.5 * torch.rand(len(rewards), generator=torch.Generator().manual_seed(0))
+    words = (entropy_baseline, entropy_mean, compare_over)
+    got = gtpo_shaped(rewards, entropy, mask, group, 0.9, 0.2, *words, 0.2, 1.5, punishment=punishment)
+    expected = plain.gtpo_shaped(rewards, entropy, mask, group, 0.9, 0.2, *words, 0.2, 1.5, punishment.tolist())
     torch.testing.assert_close(got[0], torch.tensor(expected[0]))
     torch.testing.assert_close(got[1], torch.tensor(expected[1]))
 
 
-@pytest.mark.parametrize("scope", ["batch", "group"])
-@pytest.mark.parametrize("normalize", ["all", "own"])
-def test_gtpo_advantages_are_eq_4(normalize, scope):
+@pytest.mark.parametrize("compare_over", ["batch", "group"])
+@pytest.mark.parametrize("normalize_over", ["all", "outcome"])
+def test_gtpo_advantages_are_eq_4(normalize_over, compare_over):
     rewards, group, mask, entropy = batch()
     rewards[group == 2] = 0.0
-    plus, minus = gtpo.shaped_rewards(rewards, entropy, mask, group, scope=scope)
-    got = gtpo.advantages(plus, minus, rewards, mask, group, scope, normalize)
-    expected = plain.gtpo_advantages(plus.tolist(), minus.tolist(), rewards, mask, group, scope, normalize)
+    plus, minus = gtpo_shaped(rewards, entropy, mask, group, compare_over=compare_over)
+    got = gtpo.advantages(plus, minus, rewards, mask, group, compare_over, normalize_over)
+    words = (compare_over, normalize_over)
+    expected = plain.gtpo_advantages(plus.tolist(), minus.tolist(), rewards, mask, group, *words)
     torch.testing.assert_close(got, torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
-def test_gtpo_shares_conserve_the_reward():
-    """With alpha1 + alpha2 = 1, the shaped rewards of O+ sum to d_t in each column."""
-    rewards, group, mask, entropy = batch()
-    plus, minus = gtpo.shaped_rewards(rewards, entropy, mask, group, 0.9, 0.1)
-    torch.testing.assert_close(plus.sum(0), mask[rewards == 1].sum(0))
-    torch.testing.assert_close(-minus.sum(0), mask[rewards == 0].sum(0))
-
-
-@pytest.mark.parametrize("scope", ["batch", "group"])
-def test_gtpo_without_shaping_is_grpo_on_the_token_level(scope):
+@pytest.mark.parametrize("compare_over", ["batch", "group"])
+def test_gtpo_without_shaping_is_grpo_on_the_token_level(compare_over):
     rewards, group, mask, entropy = batch()
     for alpha2, H in ((0.0, entropy), (0.1, torch.full_like(entropy, 0.4))):  # no shaping, or nothing to shape by
-        shaped = gtpo.shaped_rewards(rewards, H, mask, group, alpha2=alpha2, scope=scope)
-        A = gtpo.advantages(*shaped, rewards, mask, group, scope)
-        for rows in gtpo.comparison_sets(rewards, mask, group, scope):
+        A = gtpo.token_advantages(rewards, H, mask, group, alpha2=alpha2, compare_over=compare_over)
+        for rows in gtpo.comparison_sets(rewards, mask, group, compare_over):
             p = float(mask[rows & (rewards == 1)].sum() / mask[rows].sum())
             expected = torch.where(rewards == 1, math.sqrt((1 - p) / p), -math.sqrt(p / (1 - p)))[:, None] * mask
             torch.testing.assert_close(A[rows], expected[rows], atol=1e-4, rtol=1e-4)
@@ -264,57 +250,41 @@ def test_gtpo_without_shaping_is_grpo_on_the_token_level(scope):
 
 def test_gtpo_in_a_group_of_equal_lengths_is_grpo():
     rewards, group, mask, _ = batch()
-    mask = torch.ones_like(mask)
-    shaped = gtpo.shaped_rewards(rewards, torch.full_like(mask, 0.4), mask, group, scope="group")
-    A = gtpo.advantages(*shaped, rewards, mask, group, "group")
+    ones = torch.ones_like(mask)
+    A = gtpo.token_advantages(rewards, 0.4 * ones, ones, group)
     torch.testing.assert_close(A, grpo.advantages(rewards, group)[:, None].expand_as(A), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scope", ["batch", "group"])
-def test_gtpo_normalised_inside_each_outcome_loses_right_and_wrong(scope):
-    """The fact that decides the default of `normalize`: with "own" the mean advantage of right tokens is zero, many of
-    them are pushed down, and without the entropy term no signal is left at all; with "all" none is pushed down."""
+@pytest.mark.parametrize("compare_over", ["batch", "group"])
+def test_gtpo_normalised_inside_each_outcome_loses_right_and_wrong(compare_over):
+    """The fact that decides the default of --normalize-over: with "outcome" the mean advantage of right tokens is zero,
+    many of them are pushed down, and without the entropy term no signal is left; with "all" none is pushed down."""
     rewards, group, mask, entropy = batch(groups=6)
     right = mask * rewards[:, None] > 0
-    shaped = gtpo.shaped_rewards(rewards, entropy, mask, group, scope=scope)
-    own = gtpo.advantages(*shaped, rewards, mask, group, scope, normalize="own")[right]
-    assert float(own.mean()) == pytest.approx(0.0, abs=1e-5) and float((own < 0).float().mean()) > 0.25
-    assert (gtpo.advantages(*shaped, rewards, mask, group, scope, normalize="all")[right] > 0).all()
-    plain = gtpo.shaped_rewards(rewards, entropy, mask, group, alpha2=0.0, scope=scope)
-    assert gtpo.advantages(*plain, rewards, mask, group, scope, normalize="own").abs().max() == 0
+
+    def advantages(normalize_over, **options):
+        options = dict(compare_over=compare_over, normalize_over=normalize_over) | options
+        return gtpo.token_advantages(rewards, entropy, mask, group, **options)
+
+    A = advantages("outcome")[right]
+    assert float(A.mean()) == pytest.approx(0.0, abs=1e-5) and float((A < 0).float().mean()) > 0.25
+    assert (advantages("all")[right] > 0).all()
+    assert advantages("outcome", alpha2=0.0).abs().max() == 0
 
 
 def test_gtpo_rewards_uncertain_right_tokens_and_punishes_confident_wrong_ones():
     rewards, group = torch.tensor([1.0, 1, 0, 0]), torch.zeros(4, dtype=torch.long)
     entropy, mask = torch.tensor([[0.1], [1.0], [0.1], [1.0]]), torch.ones(4, 1)
-    plus, minus = gtpo.shaped_rewards(rewards, entropy, mask, group)
+    plus, minus = gtpo_shaped(rewards, entropy, mask, group)
     assert plus[1] > plus[0] > 1 and minus[2] < minus[3] < -1
     A = gtpo.advantages(plus, minus, rewards, mask, group).squeeze(1)
     assert A[1] > A[0] > 0 > A[3] > A[2]
 
 
-def test_gtpo_entropy_limits_bound_the_shares():
+def test_an_entropy_of_zero_gives_finite_shaped_rewards():
     rewards, group, mask, entropy = batch()
     entropy[0, 0], entropy[1, 0] = 0.0, 0.0
-    shaped = gtpo.shaped_rewards(rewards, entropy, mask, group)
-    assert all(torch.isfinite(x).all() for x in shaped)
-    flat = gtpo.shaped_rewards(rewards, entropy, mask, group, entropy_min=0.5, entropy_max=0.5)
-    torch.testing.assert_close(flat[0][mask * rewards[:, None] > 0].unique(), torch.tensor([1.1]))
-
-
-def test_gtpo_token_advantages_hand_on_every_option():
-    rewards, group, mask, entropy = batch()
-    punishment = gtpo.overlong_punishment(rewards, mask.sum(1), group, 0.75)
-    assert punishment.abs().sum() > 0
-    shaped = gtpo.shaped_rewards(
-        rewards, entropy, mask, group, 0.9, 0.3, "matrix", "geometric", "batch", 0.2, 0.5, punishment
-    )
-    expected = gtpo.advantages(*shaped, rewards, mask, group, "batch", "own")
-    options = dict(
-        alpha1=0.9, alpha2=0.3, compare="matrix", mean="geometric", scope="batch", normalize="own", entropy_min=0.2,
-        entropy_max=0.5, overlong_gamma=0.75,
-    )  # fmt: skip
-    torch.testing.assert_close(gtpo.token_advantages(rewards, entropy, mask, group, **options), expected)
+    assert all(torch.isfinite(x).all() for x in gtpo_shaped(rewards, entropy, mask, group))
 
 
 def test_gtpo_gamma_itself_counts_as_easy():
@@ -344,19 +314,16 @@ def test_gtpo_overlong_punishment():
     torch.testing.assert_close(got, torch.tensor([-0.5 * (30 - 70 / 3) / (70 / 3), 0, 0]))
     far = gtpo.overlong_punishment(torch.ones(5), torch.tensor([1.0, 1, 1, 1, 100]), torch.zeros(5).long(), 0.75)
     assert far.tolist() == pytest.approx([0, 0, 0, 0, -0.5 * min(1, (100 - 50.5) / 50.5)])
-    shaped = gtpo.shaped_rewards(torch.tensor([1.0, 0]), torch.ones(2, 1), torch.ones(2, 1), one[:2],
-                                 punishment=torch.tensor([-0.5, -0.25]))  # fmt: skip
-    assert float(shaped[0][0]) == pytest.approx(0.6) and float(shaped[1][1]) == pytest.approx(-1.35)
 
 
 # --- GRPO-S -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
-def test_grpo_s_shaped_rewards_are_eq_6(mean):
+@pytest.mark.parametrize("entropy_mean", ["arithmetic", "geometric"])
+def test_grpo_s_shaped_rewards_are_eq_6(entropy_mean):
     rewards, group, mask, entropy = batch()
-    got = grpo_s.shaped_rewards(rewards, entropy, mask, group, 0.9, 0.2, mean)
-    expected = plain.grpo_s_shaped(rewards, entropy, mask, group, 0.9, 0.2, mean, 1e-3)
+    got = grpo_s.shaped_rewards(rewards, entropy, mask, group, 0.9, 0.2, entropy_mean)
+    expected = plain.grpo_s_shaped(rewards, entropy, mask, group, 0.9, 0.2, entropy_mean, 1e-3)
     torch.testing.assert_close(got, torch.tensor(expected))
     A = grpo_s.advantages(got, rewards, group)
     torch.testing.assert_close(A, torch.tensor(plain.grpo_s_advantages(expected, rewards, group)), atol=1e-5, rtol=1e-5)
@@ -373,15 +340,15 @@ def test_grpo_s_floors_the_mean_entropy_and_not_each_tokens():
     torch.testing.assert_close(got[:2], 1 + 0.1 * H / H.mean())
 
 
-@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
-def test_grpo_s_completions_without_a_token_leave_the_others_as_they_are(mean):
+@pytest.mark.parametrize("entropy_mean", ["arithmetic", "geometric"])
+def test_grpo_s_completions_without_a_token_leave_the_others_as_they_are(entropy_mean):
     """Other trainers hold such rows, masked out or as padding of the batch."""
     rewards, group, mask, entropy = batch()
-    expected = grpo_s.shaped_rewards(rewards, entropy, mask, group, mean=mean)
+    expected = grpo_s.shaped_rewards(rewards, entropy, mask, group, entropy_mean=entropy_mean)
     empty = torch.zeros(2, mask.shape[1])
     got = grpo_s.shaped_rewards(
         torch.cat([rewards, torch.tensor([1.0, 0.0])]), torch.cat([entropy, empty]), torch.cat([mask, empty]),
-        torch.cat([group, torch.tensor([0, 0])]), mean=mean,
+        torch.cat([group, torch.tensor([0, 0])]), entropy_mean=entropy_mean,
     )  # fmt: skip
     torch.testing.assert_close(got, torch.cat([expected, torch.tensor([1.0, -1.0])]))
 
@@ -394,14 +361,6 @@ def test_a_completion_without_a_token_gives_no_nan(name):
     assert A.isfinite().all() and (A[0] == 0).all() and A[group == 0].abs().sum() > 0
 
 
-def test_grpo_s_token_advantages_hand_on_every_option():
-    rewards, group, mask, entropy = batch()
-    shaped = grpo_s.shaped_rewards(rewards, entropy, mask, group, 0.9, 0.3, "geometric", 0.4)
-    expected = grpo_s.advantages(shaped, rewards, group)[:, None] * mask
-    options = dict(beta1=0.9, beta2=0.3, mean="geometric", entropy_min=0.4)
-    torch.testing.assert_close(grpo_s.token_advantages(rewards, entropy, mask, group, **options), expected)
-
-
 def test_grpo_s_has_one_ratio_per_completion_of_either_mean():
     mask = torch.tensor([[1.0, 1, 0]])
     new, old = torch.tensor([[0.2, 0.4, 9.0]]), torch.zeros(1, 3)
@@ -410,14 +369,15 @@ def test_grpo_s_has_one_ratio_per_completion_of_either_mean():
     assert float(grpo_s.sequence_ratio(new, old, mask, "arithmetic")) == pytest.approx(arithmetic)
 
 
-@pytest.mark.parametrize("ratio", ["geometric", "arithmetic"])
-def test_grpo_s_loss_is_eq_7(ratio):
+@pytest.mark.parametrize("ratio_mean", ["geometric", "arithmetic"])
+def test_grpo_s_loss_is_eq_7(ratio_mean):
     rewards, group, mask, entropy = batch()
     new, old = random_logprobs(mask)
     A = grpo_s.advantages(grpo_s.shaped_rewards(rewards, entropy, mask, group), rewards, group)
-    w = grpo_s.sequence_ratio(new, old, mask, ratio)
-    loss = grpo_s.loss(w[:, None], A, mask, 0.2, 0.28)
+    w = grpo_s.sequence_ratio(new, old, mask, ratio_mean)  # [B, 1]
+    loss = grpo_s.loss(w, A, mask, 0.2, 0.28)
     total = (loss * loss_weights(mask, "sequence")).sum()
+    w = w.squeeze(1)
     expected = -torch.min(w * A, w.clamp(0.8, 1.28) * A).mean()
     torch.testing.assert_close(total, expected)
 
@@ -426,18 +386,6 @@ def test_grpo_s_with_equal_entropies_has_grpos_advantages():
     rewards, group, mask, _ = batch()
     A = grpo_s.token_advantages(rewards, torch.full_like(mask, 0.4), mask, group)
     torch.testing.assert_close(A, grpo.token_advantages(rewards, mask, mask, group), atol=1e-4, rtol=1e-4)
-
-
-# --- DAPO, once more --------------------------------------------------------------------------------------------------
-
-
-def test_dapo_token_advantages_hand_on_every_option():
-    rewards, group, mask, entropy = batch()
-    punishment = dapo.overlong_punishment(mask.sum(1), 6, 0.5 * 6)
-    assert punishment.abs().sum() > 0
-    expected = dapo.advantages(rewards, group, punishment)[:, None] * mask
-    got = dapo.token_advantages(rewards, entropy, mask, group, max_new_tokens=6, overlong_cache=0.5)
-    torch.testing.assert_close(got, expected)
 
 
 # --- facts of every method --------------------------------------------------------------------------------------------
@@ -482,8 +430,8 @@ def test_on_policy_gradient_is_the_plain_policy_gradient(name):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_entropy_at_padding_never_matters(name, value):
     rewards, group, mask, entropy = batch()
-    optional = {"egsw": [{}, dict(step_wise=False)], "grpo_s": [{}, dict(mean="geometric")],
-                "gtpo": [dict(compare=compare) for compare in ("column", "row", "matrix")]}  # fmt: skip
+    optional = {"egsw": [{}, dict(step_wise=False)], "grpo_s": [{}, dict(entropy_mean="geometric")],
+                "gtpo": [dict(entropy_baseline=word) for word in ("column", "row", "matrix")]}  # fmt: skip
     for options in optional.get(name, [{}]):
         expected = token_advantages(name, rewards, entropy, mask, group, **options)
         A = token_advantages(name, rewards, torch.where(mask > 0, entropy, value), mask, group, **options)
@@ -496,16 +444,17 @@ def test_no_gradient_flows_through_the_entropy(name):
     assert not token_advantages(name, rewards, entropy.requires_grad_(), mask, group).requires_grad
 
 
-@pytest.mark.parametrize("scope", ["group", "batch"])
-@pytest.mark.parametrize("normalize", ["all", "own"])
-def test_gtpo_compares_only_rows_with_tokens(scope, normalize):
+@pytest.mark.parametrize("compare_over", ["group", "batch"])
+@pytest.mark.parametrize("normalize_over", ["all", "outcome"])
+def test_gtpo_compares_only_rows_with_tokens(compare_over, normalize_over):
     """A group whose only right row, or all of whose wrong rows, have no token gives nothing; nor does an empty mask."""
     rewards = torch.tensor([1.0, 0, 0, 0])
     _, _, _, entropy = batch(groups=1)
     for emptied in ([0], [1, 2, 3], [0, 1, 2, 3]):
         mask = torch.ones_like(entropy)
         mask[emptied] = 0.0
-        A = gtpo.token_advantages(rewards, entropy, mask, torch.zeros(4), scope=scope, normalize=normalize)
+        words = dict(compare_over=compare_over, normalize_over=normalize_over)
+        A = gtpo.token_advantages(rewards, entropy, mask, torch.zeros(4), **words)
         assert (A == 0).all()
 
 
@@ -513,7 +462,7 @@ def test_gtpo_compares_only_rows_with_tokens(scope, normalize):
 def test_egsw_refuses_a_temperature_that_gives_no_weights(temperature):
     rewards, group, mask, entropy = batch()
     with pytest.raises(ValueError, match="temperature"):
-        egsw.weights(rewards, entropy, mask, group, temperature=temperature)
+        egsw.weights(rewards, entropy, mask, group, weight_temperature=temperature)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -556,108 +505,6 @@ def test_order_of_rows_never_matters(name):
     torch.testing.assert_close(shuffled, A[order])
 
 
-# --- the defaults -----------------------------------------------------------------------------------------------------
-
-DEFAULTS = {
-    "grpo": dict(advantage="grpo", clip_low=0.2, clip_high=0.2, kl_coef=0.0, reduction="sequence"),
-    "dapo": dict(
-        minibatches=4, max_rounds=3, overlong_cache=0.2, overlong_filter=False, clip_low=0.2, clip_high=0.28,
-        reduction="token",
-    ),
-    "egsw": dict(
-        advantage="grpo", alpha=0.5, weight_temperature=2.0, step_wise=True, mean_one=True, clip_low=0.2, clip_high=0.2,
-        kl_coef=0.0, reduction="token",
-    ),
-    "gtpo": dict(
-        alpha1=1.0, alpha2=0.1, compare="column", mean="arithmetic", scope="group", normalize="all", entropy_min=1e-3,
-        entropy_max=1e3, overlong_gamma=None, clip_low=0.2, clip_high=0.28, reduction="token",
-    ),
-    "grpo_s": dict(
-        beta1=1.0, beta2=0.1, mean="arithmetic", entropy_min=1e-3, ratio="geometric", clip_low=0.2, clip_high=0.28,
-        reduction="sequence",
-    ),
-    "forking": dict(
-        minibatches=4, advantage="grpo", rho=0.2, clip_low=0.2, clip_high=0.28, reduction="token",
-    ),
-    "cov": dict(
-        minibatches=4, advantage="grpo", kind="clip", share=2e-4, lower=1.0, upper=5.0, penalty=1.0, clip_low=1.0,
-        clip_high=1.0, reduction="token",
-    ),
-    "entropy_advantage": dict(
-        advantage="grpo", alpha=0.4, kappa=2.0, clip_low=0.2, clip_high=0.28, reduction="token",
-    ),
-    "quantile": dict(minibatches=4, quantile=0.4, clip_low=0.2, clip_high=0.28, reduction="token"),
-    "cispo": dict(minibatches=4, advantage="grpo", clip_high=4.0, reduction="token"),
-}  # fmt: skip
-# What the command line refuses: values just outside the bounds.
-REFUSED = {
-    "grpo": dict(clip_low=0, clip_high=0, kl_coef=-0.1),
-    "dapo": dict(minibatches=0, max_rounds=0, clip_low=0, clip_high=0),
-    "egsw": dict(alpha=-0.1, weight_temperature=0, clip_low=0, clip_high=0, kl_coef=-0.1),
-    "gtpo": dict(alpha1=-0.1, alpha2=-0.1, entropy_min=0, entropy_max=0, overlong_gamma=0.5, clip_low=0, clip_high=0),
-    "grpo_s": dict(beta1=-0.1, beta2=-0.1, entropy_min=0, clip_low=0, clip_high=0),
-    "forking": dict(minibatches=0, rho=0, clip_low=0, clip_high=0),
-    "cov": dict(minibatches=0, share=0, penalty=-0.1, clip_low=0, clip_high=0),
-    "entropy_advantage": dict(alpha=-0.1, kappa=0, clip_low=0, clip_high=0),
-    "quantile": dict(minibatches=0, quantile=0, clip_low=0, clip_high=0),
-    "cispo": dict(minibatches=0, clip_high=0),
-}
-TOO_LARGE = [
-    ("dapo", "overlong_cache", 1.1), ("dapo", "overlong_cache", -0.1), ("gtpo", "overlong_gamma", 1.1),
-    ("forking", "rho", 1.1), ("cov", "share", 1.1), ("quantile", "quantile", 1.1),
-]  # fmt: skip
-OUT_OF_BOUNDS = TOO_LARGE + [(name, *item) for name, values in REFUSED.items() for item in values.items()]
-SHARED_DEFAULTS = dict(
-    model=None, trust_remote_code=False, gradient_checkpointing=False, fsdp=False, dataset="arithmetic",
-    lora_rank=0, lora_alpha=32,
-    dataset_config=None, train_split="train", eval_dataset=None, eval_split="test", question_column=None,
-    answer_column=None, system="Reason step by step, and put your final answer within \\boxed{}.",
-    prompt_template="Question: {question}\nAnswer:", reward=None, max_prompt_tokens=1024,
-    n_prompts=32, group_size=8, max_new_tokens=None, temperature=1.0, cuda_graphs=False, rollout_rows=1024,
-    steps=60, stop_tokens=None, lr=None, warmup_steps=5, max_grad_norm=1.0, minibatches=1, token_budget=None,
-    optimizer="adamw",
-    eval_rows=256, eval_k=8, eval_every=0, eval_only=False,
-    seed=0, out="runs", name=None, save_every=0, resume=None, log_completions=4, track="none", save_plots=True,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_options_have_the_defaults_of_this_table(name):
-    assert asdict(METHODS[name].Config()) == SHARED_DEFAULTS | DEFAULTS[name]
-
-
-@pytest.mark.parametrize(("name", "option", "value"), OUT_OF_BOUNDS)
-def test_values_out_of_bounds_are_refused_on_the_command_line(name, option, value, capsys):
-    flag = "--" + option.replace("_", "-")
-    with pytest.raises(SystemExit) as stop:
-        parse(METHODS[name].Config, "", [flag, str(value)])
-    assert stop.value.code == 2 and flag in error_line(capsys)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_functions_have_the_defaults_of_the_script(name):
-    """Who copies a function gets the same as who runs the script."""
-    config = asdict(METHODS[name].Config())
-    renamed = {"temperature": "weight_temperature"}
-    compared = 0
-    for function in (
-        "advantages", "weights", "shaped_rewards", "token_advantages", "loss", "sequence_ratio", "forking_tokens",
-        "chosen_tokens",
-    ):  # fmt: skip
-        if not hasattr(METHODS[name], function):
-            continue
-        for parameter in inspect.signature(getattr(METHODS[name], function)).parameters.values():
-            option = renamed.get(parameter.name, parameter.name)
-            if function == "sequence_ratio" and option == "mean":
-                option = "ratio"
-            if function == "advantages" and option == "kind":
-                option = "advantage"
-            if option in config and parameter.default is not inspect.Parameter.empty:
-                assert parameter.default == config[option], (function, option)
-                compared += 1
-    assert compared >= 3
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_advantages_take_other_types_than_float32(name, dtype):
@@ -680,3 +527,142 @@ def test_masks_and_rewards_may_have_types_of_their_own(name, reward_type, mask_t
     new, old = random_logprobs(mask)
     per_token = token_loss(name, new, old, expected, mask)
     torch.testing.assert_close(token_loss(name, new, old, A, mask.to(mask_type)).float(), per_token)
+
+
+# --- main() -----------------------------------------------------------------------------------------------------------
+
+ALL_OPTIONS = {  # of token_advantages, none of them at its default
+    "grpo": dict(advantage="rloo"),
+    "dapo": dict(overlong_cache=0.9),
+    "egsw": dict(advantage="dr_grpo", alpha=1.5, weight_temperature=0.6, step_wise=False, mean_one=False),
+    "gtpo": dict(
+        alpha1=0.9, alpha2=0.3, entropy_baseline="matrix", entropy_mean="geometric", compare_over="batch",
+        normalize_over="outcome", entropy_min=0.2, entropy_max=0.5, overlong_gamma=0.75,
+    ),
+    "grpo_s": dict(beta1=0.9, beta2=0.3, entropy_mean="geometric", entropy_min=0.4),
+    "forking": dict(rho=0.4), "cov": {}, "entropy_advantage": dict(alpha=0.2, kappa=1.5),
+    "quantile": dict(quantile=0.7), "cispo": {},
+}  # fmt: skip
+
+
+def flags(options):
+    """These options as a command line has them."""
+    names = {name: "--" + name.replace("_", "-") for name in options}
+    switch = {True: "", False: "no-"}
+    return [f"--{switch[value]}{names[name][2:]}" if isinstance(value, bool) else f"{names[name]}={value}"
+            for name, value in options.items()]  # fmt: skip
+
+
+@pytest.fixture()
+def rollout(loaded):
+    rollout = rollout_of(*loaded)
+    rollout.rewards = torch.tensor([1.0, 0, 0, 1] + [1, 0] * 8 + [1] * 4)
+    return rollout
+
+
+def gradient_of(model, loss):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_first_gradient_of_main_is_that_of_its_token_advantages(name, loaded, rollout, monkeypatch):
+    """So who copies token_advantages has what main() runs. KL-Cov's penalty has no gradient yet, and nor has its clip
+    an effect."""
+    options = ALL_OPTIONS[name]
+    r, own = rollout, {}
+    if name == "dapo":
+        r = rollout.select(dapo.outcomes_differ(rollout.rewards, rollout.group))
+        own = {"max_new_tokens": T}
+    default, A = (
+        METHODS[name].token_advantages(r.rewards, r.entropy, r.mask, r.group, **own, **given) for given in ({}, options)
+    )
+    assert not options or not torch.allclose(A, default, atol=1e-3)
+    logprobs, _ = token_logprobs(loaded[0], *score_inputs(r))
+    expected = gradient_of(loaded[0], -(A * logprobs * loss_weights(r.mask, reduction_of(name))).sum())
+    more = {"dapo": ["--max-rounds", 1], "cov": ["--variant", "kl"]}.get(name, [])
+    run = main_on(monkeypatch, name, loaded, rollout, "--minibatches", 1, *more, *flags(options))
+    (gradient,) = run.gradients
+    assert expected.norm() > 1e-3 and (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["grpo", "egsw"])
+def test_the_kl_is_added_and_egsws_weights_multiply_it_too(name, loaded, rollout, monkeypatch):
+    """Rows without an advantage have a gradient then."""
+    r = rollout
+    ref = r.logprobs - torch.rand(r.mask.shape, generator=torch.Generator().manual_seed(0)) * r.mask
+    logprobs, _ = token_logprobs(loaded[0], *score_inputs(r))
+    A = grpo.advantages(r.rewards, r.group)
+    W = egsw.weights(A, r.entropy, r.mask, r.group) if name == "egsw" else r.mask
+    kl = (ref - logprobs).exp() - (ref - logprobs) - 1
+    per_token = W * (0.5 * kl - A[:, None] * logprobs)
+    expected = gradient_of(loaded[0], (per_token * loss_weights(r.mask, reduction_of(name))).sum())
+    run = main_on(monkeypatch, name, loaded, rollout, "--kl-coef", 0.5, ref_logprobs=ref)
+    assert (run.gradients[0] - expected).norm() < 1e-5 * expected.norm()
+    mean_kl = float((kl.detach() * r.mask).sum() / r.mask.sum())
+    assert run.metrics_of_update()["kl"] == pytest.approx(mean_kl, rel=1e-4)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+PAPERS = {  # the defaults that a paper fixes
+    "grpo": dict(reduction="sequence"),
+    "dapo": dict(clip_low=0.2, clip_high=0.28, reduction="token"),
+    "egsw": {},
+    "gtpo": dict(clip_low=0.2, clip_high=0.28, reduction="token", entropy_baseline="column"),
+    "grpo_s": dict(clip_low=0.2, clip_high=0.28, reduction="sequence"),
+    "forking": dict(rho=0.2, clip_low=0.2, clip_high=0.28, reduction="token"),
+    "cov": dict(share=2e-4, lower=1.0, upper=5.0, penalty=1.0, clip_low=1.0, clip_high=1.0, reduction="token"),
+    "entropy_advantage": dict(alpha=0.4, kappa=2.0),
+    "quantile": dict(quantile=0.4, clip_low=0.2, clip_high=0.28, reduction="token"),
+    "cispo": dict(reduction="token"),
+}
+CLIP = dict(clip_low=0, clip_high=0)
+REFUSED = {  # values just outside the bounds
+    "grpo": [CLIP, dict(kl_coef=-0.1)],
+    "dapo": [CLIP, dict(minibatches=0, max_rounds=0, overlong_cache=1.1), dict(overlong_cache=-0.1)],
+    "egsw": [CLIP, dict(alpha=-0.1, weight_temperature=0, kl_coef=-0.1)],
+    "gtpo": [CLIP, dict(alpha1=-0.1, alpha2=-0.1, entropy_min=0, entropy_max=0, overlong_gamma=0.5),
+             dict(overlong_gamma=1.1)],
+    "grpo_s": [CLIP, dict(beta1=-0.1, beta2=-0.1, entropy_min=0)],
+    "forking": [CLIP, dict(minibatches=0, rho=0), dict(rho=1.1)],
+    "cov": [CLIP, dict(minibatches=0, share=0, penalty=-0.1), dict(share=1.1)],
+    "entropy_advantage": [CLIP, dict(alpha=-0.1, kappa=0)],
+    "quantile": [CLIP, dict(minibatches=0, quantile=0), dict(quantile=1.1)],
+    "cispo": [dict(minibatches=0, clip_high=0)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_defaults_are_those_of_the_paper(name):
+    assert asdict(METHODS[name].Config()).items() >= PAPERS[name].items()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_values_out_of_bounds_are_refused_on_the_command_line(name, capsys):
+    for option in [flag for values in REFUSED[name] for flag in flags(values)]:
+        with pytest.raises(SystemExit) as stop:
+            parse(METHODS[name].Config, "", [option])
+        assert stop.value.code == 2 and option.partition("=")[0] in error_line(capsys)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_functions_have_the_defaults_of_the_script(name):
+    """Who copies a function gets the same as who runs the script."""
+    config = asdict(METHODS[name].Config())
+    compared = 0
+    for _, function in inspect.getmembers(METHODS[name], inspect.isfunction):
+        if function.__module__ != METHODS[name].__name__:
+            continue
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name in config and parameter.default is not inspect.Parameter.empty:
+                assert parameter.default == config[parameter.name], (function, parameter)
+                compared += 1
+    assert compared >= len(ALL_OPTIONS[name])
+
+
+def test_keywords_are_the_options_that_are_arguments_of_the_function():
+    cfg = dapo.Config(max_new_tokens=7, overlong_cache=0.3)
+    assert keywords(cfg, dapo.token_advantages) == {"max_new_tokens": 7, "overlong_cache": 0.3}
+    cfg = grpo.Config(advantage="rloo", clip_low=0.1)
+    assert keywords(cfg, grpo.token_advantages) == keywords(cfg, grpo.advantages) == {"advantage": "rloo"}
+    assert keywords(cfg, grpo.k3) == {}

@@ -126,28 +126,28 @@ def test_the_highest_covariance_is_that_of_an_unlikely_wrong_token():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind, share, lower, upper", [
+@pytest.mark.parametrize("variant, share, lower, upper", [
     ("kl", 2e-4, 1.0, 5.0), ("kl", 0.3, 1.0, 5.0), ("clip", 2e-4, 1.0, 5.0), ("clip", 0.1, 0.2, 1.0),
     ("clip", 1.0, 0.2, 1.0), ("clip", 1.0, 99.0, 100.0),
 ])  # fmt: skip
-def test_chosen_tokens_are_those_of_plain_loops(kind, share, lower, upper, seed):
+def test_chosen_tokens_are_those_of_plain_loops(variant, share, lower, upper, seed):
     *_, A, logprobs, uniforms = float64_batch(seed)
-    expected = torch.tensor(plain.cov_chosen(A, logprobs, uniforms, kind, share, lower, upper))
-    got = cov.chosen_tokens(torch.tensor(A).double(), logprobs, uniforms, kind, share, lower, upper)
+    expected = torch.tensor(plain.cov_chosen(A, logprobs, uniforms, variant, share, lower, upper))
+    got = cov.chosen_tokens(torch.tensor(A).double(), logprobs, uniforms, variant, share, lower, upper)
     assert torch.equal(got, expected) and bool(got.any()) == (lower < 99)
 
 
-@pytest.mark.parametrize("kind", ["clip", "kl"])
-def test_without_an_advantage_no_token_is_chosen(kind):
+@pytest.mark.parametrize("variant", ["clip", "kl"])
+def test_without_an_advantage_no_token_is_chosen(variant):
     """Not even if all are asked for: a group whose rewards are all equal gets exactly no gradient, nor does padding."""
     *_, group, _, _, A, logprobs, uniforms = float64_batch()
     A = torch.tensor(A)
-    chosen = cov.chosen_tokens(A, logprobs, uniforms, kind, share=1.0, lower=-99.0, upper=99.0)
+    chosen = cov.chosen_tokens(A, logprobs, uniforms, variant, share=1.0, lower=-99.0, upper=99.0)
     assert torch.equal(chosen, A != 0) and not chosen[group == 2].any()
-    assert not cov.chosen_tokens(0 * A, logprobs, uniforms, kind, share=1.0, lower=-99.0).any()
+    assert not cov.chosen_tokens(0 * A, logprobs, uniforms, variant, share=1.0, lower=-99.0).any()
 
 
-def test_another_kind_of_choice_is_an_error():
+def test_another_variant_is_an_error():
     with pytest.raises(KeyError):
         cov.chosen_tokens(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2), "cov")
 
@@ -188,23 +188,17 @@ def test_tokens_are_chosen_from_transposed_tensors_too():
 
 
 def test_the_choice_is_decided_by_the_seed_alone(small, tmp_path, monkeypatch):
-    """Not by how the step is cut into micro-batches, either; tests/test_distributed.py has two processes."""
-    options = ("--share", 0.2, "--lower", 0.0, "--minibatches", 2)
-    for run, seed, budget in (("a", 0, 60), ("b", 0, 10**6), ("c", 1, 60)):
-        call(monkeypatch, "cov", *small("--name", run, "--seed", seed, "--token-budget", budget, *options))
-    a, b, c = (lines(tmp_path / run / "metrics.jsonl") for run in "abc")
-    for row_a, row_b in zip(a, b, strict=True):
-        assert row_a == pytest.approx(row_b, abs=1e-5) and row_a["chosen"] > 0
-    assert a != c
-
-
-def test_a_resumed_run_makes_the_same_choices(small, tmp_path, monkeypatch):
-    options = ("--share", 0.2, "--lower", 0.0, "--minibatches", 2)
+    """Not by how the step is cut into micro-batches, nor by a stop; tests/test_distributed.py has two processes."""
+    options = ("--share", 0.2, "--lower", 0.0, "--minibatches", 2, "--eval-rows", 0)
     call(monkeypatch, "cov", *small("--name", "whole", *options))
-    call(monkeypatch, "cov", *small("--name", "halves", "--steps", 1, *options))
+    call(monkeypatch, "cov", *small("--name", "halves", *options, "--steps", 1))
     call(monkeypatch, "cov", "--resume", str(tmp_path / "halves"), "--steps", "2")
-    metrics = [lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "halves")]
-    assert metrics[0] == metrics[1] and metrics[0][1]["chosen"] > 0
+    call(monkeypatch, "cov", *small("--name", "one", *options, "--token-budget", 10**6))
+    call(monkeypatch, "cov", *small("--name", "other", *options, "--seed", 1))
+    whole, halves, one, other = (lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "halves", "one", "other"))
+    assert whole == halves != other
+    for row, expected in zip(one, whole, strict=True):
+        assert row == pytest.approx(expected, abs=1e-5) and row["chosen"] > 0
 
 
 # --- CISPO ------------------------------------------------------------------------------------------------------------
@@ -245,16 +239,12 @@ def test_grpo_s_without_its_entropy_term_is_gspo(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_python_m_names_the_run_after_the_method_and_resumes_it(small, tmp_path):
-    def run(*options):
-        command = [sys.executable, "-m", "more.cov", *map(str, options)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    done = run(*small("--kind", "kl"))
+def test_python_m_names_the_run_after_the_method_so_that_it_can_be_resumed(small, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "more.cov", *small("--variant", "kl", "--steps", 1, "--eval-rows", 0)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    done = run("--resume", tmp_path / "cov-1", "--steps", 3)
-    assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in lines(tmp_path / "cov-1" / "metrics.jsonl")] == [1, 2, 3]
+    call(monkeypatch, "cov", "--resume", str(tmp_path / "cov-1"), "--steps", "2")
+    assert [row["step"] for row in lines(tmp_path / "cov-1" / "metrics.jsonl")] == [1, 2]
 
 
 def test_the_page_of_docs_has_every_method():

@@ -37,10 +37,10 @@ REDUCTIONS = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant", "cispo
 OPTIONS = {
     "egsw": dict(advantage="rloo", alpha=1.0, weight_temperature=0.7, step_wise=False, mean_one=False),
     "gtpo": dict(
-        alpha1=0.9, alpha2=0.3, compare="matrix", mean="geometric", scope="batch", normalize="own", entropy_min=0.01,
-        entropy_max=0.5, overlong_gamma=0.75,
+        alpha1=0.9, alpha2=0.3, entropy_baseline="matrix", entropy_mean="geometric", compare_over="batch",
+        normalize_over="outcome", entropy_min=0.01, entropy_max=0.5, overlong_gamma=0.75,
     ),
-    "grpo_s": dict(beta1=0.9, beta2=0.3, mean="geometric", entropy_min=0.01),
+    "grpo_s": dict(beta1=0.9, beta2=0.3, entropy_mean="geometric", entropy_min=0.01),
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def token_loss(method, options, batch, new, old, rows, limits):
     script = SCRIPTS[method]
     A = script.token_advantages(batch.rewards, batch.entropy, batch.mask, batch.group, **options)[rows]
     if method == "grpo_s":
-        ratio = grpo_s.sequence_ratio(new, old, batch.mask[rows])[:, None]
+        ratio = grpo_s.sequence_ratio(new, old, batch.mask[rows])
     else:
         ratio = (new - old).exp()
     return script.loss(ratio, A, batch.mask[rows], **limits)
@@ -343,7 +343,7 @@ def test_masked_and_unscored_rows_leave_no_trace(method, toy, tmp_path):
         ("gtpo", dict(method_options=dict(alpha=1.0))),
         ("gtpo", dict(method_options=dict(reduction="sequence"))),
         ("grpo_s", dict(method_options=dict(lr=1.0))),
-        ("grpo_s", dict(method_options=dict(mean="geometrical"))),
+        ("grpo_s", dict(method_options=dict(entropy_mean="geometrical"))),
         ("gtpo", dict(method_options=dict(entropy_min=0))),
         ("gtpo", dict(method_options=dict(alpha2=-0.1))),
     ],

@@ -130,9 +130,19 @@ def test_a_group_with_one_outcome_gets_zero(method):
     ("method", "keys"),
     [
         ("egsw", dict(advantage="rloo", alpha=2.0, weight_temperature=0.7, step_wise=False, mean_one=False)),
-        ("gtpo", dict(alpha1=0.9, alpha2=0.2, compare="row", mean="geometric", entropy_min=0.5, entropy_max=1.0)),
-        ("gtpo", dict(scope="batch", normalize="own", overlong_gamma=0.75)),
-        ("grpo_s", dict(beta1=0.9, beta2=0.2, mean="geometric", entropy_min=0.5)),
+        (
+            "gtpo",
+            dict(
+                alpha1=0.9,
+                alpha2=0.2,
+                entropy_baseline="row",
+                entropy_mean="geometric",
+                entropy_min=0.5,
+                entropy_max=1.0,
+            ),
+        ),
+        ("gtpo", dict(compare_over="batch", normalize_over="outcome", overlong_gamma=0.75)),
+        ("grpo_s", dict(beta1=0.9, beta2=0.2, entropy_mean="geometric", entropy_min=0.5)),
     ],
 )
 def test_every_configuration_key_reaches_the_function(method, keys):
@@ -199,7 +209,7 @@ def script_loss(name, new, old, rewards, group, mask, entropy, reduction):
     A = ours(method, rewards, group, mask, entropy)
     ratio = (new - old).exp()
     if method == "grpo_s":
-        ratio = grpo_s.sequence_ratio(new, old, mask, "geometric" if name == method else "arithmetic")[:, None]
+        ratio = grpo_s.sequence_ratio(new, old, mask, "geometric" if name == method else "arithmetic")
     per_token = SCRIPTS[method].loss(ratio, A, mask, 0.2, 0.28)
     return (per_token * loss_weights(mask, reduction)).sum()
 
@@ -227,23 +237,23 @@ def test_verls_loss_and_gradient_over_micro_batches_are_the_scripts(name, agg):
     torch.testing.assert_close(got, grad, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["clip", "kl"])
-def test_verls_clip_cov_and_kl_cov_are_ours(kind):
+@pytest.mark.parametrize("variant", ["clip", "kl"])
+def test_verls_clip_cov_and_kl_cov_are_ours(variant):
     """On one micro-batch, which is then the whole step. Clip-Cov takes all candidates, so its choice is not random."""
     rewards, group, mask, entropy = batch(4)
     new, old = random_logprobs(mask)
     A = cov.token_advantages(rewards, entropy, mask, group)
-    options = dict(kind=kind, share=1.0 if kind == "clip" else 0.2, lower=0.02, upper=0.2)
+    options = dict(variant=variant, share=1.0 if variant == "clip" else 0.2, lower=0.02, upper=0.2)
     chosen = cov.chosen_tokens(A, new.detach(), torch.rand(mask.shape), **options)
     assert 0 < chosen.sum() < mask.sum() / 2
-    expected = (cov.loss((new - old).exp(), A, mask, chosen, kind, 1.0, 99.0) * loss_weights(mask, "token")).sum()
+    expected = (cov.loss((new - old).exp(), A, mask, chosen, variant, 1.0, 99.0) * loss_weights(mask, "token")).sum()
     (grad,) = torch.autograd.grad(expected, new)
 
-    config = actor(f"{kind}_cov", "token-mean", 1.0, 99.0)
-    settings = {f"{kind}_cov_ratio": options["share"], "clip_cov_lb": 0.02, "clip_cov_ub": 0.2, "ppo_kl_coef": 1.0}
+    config = actor(f"{variant}_cov", "token-mean", 1.0, 99.0)
+    settings = {f"{variant}_cov_ratio": options["share"], "clip_cov_lb": 0.02, "clip_cov_ub": 0.2, "ppo_kl_coef": 1.0}
     for key, value in settings.items():
         object.__setattr__(config.policy_loss, key, value)
-    loss, _ = get_policy_loss_fn(f"{kind}_cov")(old, new, A, mask, "token-mean", config)
+    loss, _ = get_policy_loss_fn(f"{variant}_cov")(old, new, A, mask, "token-mean", config)
     (got,) = torch.autograd.grad(loss, new)
     assert abs(float(loss - expected)) < 1e-6
     torch.testing.assert_close(got, grad, atol=1e-6, rtol=1e-5)
