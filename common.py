@@ -235,7 +235,7 @@ def sample(
             node_was_split = (parent[1:] == parent[:-1]).any()  # pairs are sorted, so children of a node are adjacent
             if len(pair) < COMPACT_BELOW * len(hidden) or node_was_split:
                 # Each child takes its parent's line of the cache. Nodes without unfinished rows fall out.
-                cache.batch_select_indices(parent)
+                cache.reorder_cache(parent)
                 attention = attention[parent]
                 lengths = lengths[parent]
                 node = child

@@ -56,9 +56,10 @@ class RunConfig:
     splits: str = option("train,test", "the splits to train and to evaluate on")
     question_column: str | None = option(None, "if not given: question, problem or prompt")
     answer_column: str | None = option(None, "if not given: answer, reward_model or solution")
-    system: str = option(
-        "Reason step by step, and put your final answer within \\boxed{}.", "system turn of a chat; '': none"
-    )
+    system: str | None = option(
+        None, "system turn of a chat that has none; '': none; if not given: 'Reason step by step, and put your final "
+        "answer within \\boxed{}.', if the tokenizer knows these words"
+    )  # fmt: skip
     prompt_template: str = option("Question: {question}\nAnswer:", "prompt of a model without a chat template")
     reward: str | None = option(
         None, "FILE.py:FUNCTION, a reward of your own (completion, row) -> float; above 0.5 counts as right in gtpo, "
