@@ -1,14 +1,13 @@
 """The problems to train and to evaluate on, and their prompts.
 
-A problem is {"question", "answer", "row"}. Its answer is what verifier.gold_answer reads: GSM8K's text with `####`, a
-MATH solution with \\boxed{}, or the bare answer, with numbers as they were written. Its row is the whole row of the data
-set, which a --reward function gets. A problem that is a chat also has "messages": its turns, {"role", "content"}.
+A problem is {"question", "answer", "row"}. Its answer is what verifier.gold_answer reads, with numbers as they were
+written: GSM8K's text with `####`, a MATH solution with \\boxed{}, or the bare answer. Its row is the whole row of the
+data set, which a --reward function gets. A problem that is a chat also has "messages": its turns, {"role", "content"}.
 """
 
 import decimal
 import gzip
 import json
-import math
 import os
 import random
 import re
@@ -29,9 +28,11 @@ FORMATS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 DEFAULT_SYSTEM = "Reason step by step, and put your final answer within \\boxed{}."
 MAX_UNKNOWN = 0.05  # share of a prompt's tokens that the tokenizer does not know
 # What data sets write in place of an answer, in lower case and without punctuation.
-NO_ANSWER = set("proof|prove|proved|proven|notfound|not found|none|null|nil|nan|na|n a|unknown|missing|unanswerable|"
-                "no answer|not available|not applicable|not given|not provided|see solution|tbd|todo||".split("|"))  # fmt: skip
-UNIT_IN_BRACKETS = re.compile(r"(.*\d.*?)\s*(?:\\text\{)?\s*[(\[]\s*[A-Za-z][A-Za-z .,/]{2,}[)\]]\s*\}?\.?\$?", re.DOTALL)
+NO_ANSWER = {
+    "", "proof", "prove", "proved", "proven", "notfound", "not found", "none", "null", "nil", "nan", "na", "n a",
+    "unknown", "missing", "unanswerable", "no answer", "not available", "not applicable", "not given", "tbd", "todo",
+}  # fmt: skip
+UNIT_IN_BRACKETS = re.compile(r"(.*\d.*?)\s*(?:\\text\{)?\s*[(\[]\s*[A-Za-z][A-Za-z .,/]{2,}[)\]]\s*\}?", re.DOTALL)
 
 
 def load_problems(cfg: RunConfig) -> tuple[list[dict], list[dict]]:
@@ -158,9 +159,11 @@ def open_dataset(flag: str, name: str, split: str) -> list[Row] | None:
 def read_json(path: Path) -> list[Row]:
     """The rows of a JSON list or of JSON Lines. Libraries for tables would change what they read: `2024-05-01` into a
     time, and all numbers of a column into the same type."""
-    with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix.lower() == ".gz" else open(
-        path, encoding="utf-8-sig"
-    ) as file:
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig")
+        if path.suffix.lower() == ".gz"
+        else open(path, encoding="utf-8-sig") as file
+    ):
         text = file.read()
     if text.lstrip().startswith("["):
         return list(zip(json.loads(text, object_pairs_hook=unique_keys), json_as_written(text), strict=True))
@@ -399,7 +402,9 @@ def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]
         ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
         if not ids or ids[-1] in stops:
             what = "ends in a token that ends a completion" if ids else "is empty"
-            fail(f"--model: a prompt {what}: {tokenizer.decode(ids)!r:.300}; change its tokenizer or its chat template in a local copy")
+            fail(
+                f"--model: a prompt {what}: {tokenizer.decode(ids)!r:.300}; change its tokenizer or its chat template in a local copy"
+            )
         if max(ids) >= n_embeddings:
             fail(f"--model: its tokenizer gives the token {max(ids)}, but the model has {n_embeddings}")
         encoded.append({**problem, "prompt_ids": ids})

@@ -118,8 +118,8 @@ def check_logprobs(model) -> None:
         for other, gap in gaps.items():
             worst = float(gap.abs().max())
             if not worst <= tolerance:  # also if it is NaN
-                raise ValueError(f"{type(model).__name__} is not supported: the log-prob of a token differs by {worst:.2g} "
-                                 f"nats between rows scored {how} and {other}")  # fmt: skip
+                raise ValueError(f"{type(model).__name__} is not supported: the log-prob of a token differs by "
+                                 f"{worst:.2g} nats between rows scored {how} and {other}")  # fmt: skip
 
 
 def max_positions(model) -> float:
