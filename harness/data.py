@@ -5,7 +5,6 @@ written: GSM8K's text with `####`, a MATH solution with \\boxed{}, or the bare a
 data set, which a --reward function gets. A problem that is a chat also has "messages": its turns, {"role", "content"}.
 """
 
-import decimal
 import gzip
 import json
 import os
@@ -13,7 +12,6 @@ import random
 import re
 import shutil
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ DEFAULT_SYSTEM = "Reason step by step, and put your final answer within \\boxed{
 MAX_UNKNOWN = 0.05  # share of a prompt's tokens that the tokenizer does not know
 # What data sets write in place of an answer, in lower case and without punctuation.
 NO_ANSWER = {
-    "", "proof", "prove", "proved", "proven", "notfound", "not found", "none", "null", "nil", "nan", "na", "n a",
+    "proof", "prove", "proved", "proven", "notfound", "not found", "none", "null", "nil", "nan", "na", "n a",
     "unknown", "missing", "unanswerable", "no answer", "not available", "not applicable", "not given", "tbd", "todo",
 }  # fmt: skip
 UNIT_IN_BRACKETS = re.compile(r"(.*\d.*?)\s*(?:\\text\{)?\s*[(\[]\s*[A-Za-z][A-Za-z .,/]{2,}[)\]]\s*\}?", re.DOTALL)
@@ -82,7 +80,7 @@ def evaluation_problems(cfg: RunConfig) -> list[dict] | None:
     split_was_asked_for = cfg.eval_dataset is not None or split != "test"
     if rows is None and split_was_asked_for:
         fail(f"{flag}: no split {split!r}; name its splits with --splits")
-    if not rows and not split_was_asked_for:
+    if rows is None or (not rows and not split_was_asked_for):
         return None
     question_column = cfg.question_column
     answer_column = cfg.answer_column
@@ -159,12 +157,8 @@ def open_dataset(flag: str, name: str, split: str) -> list[Row] | None:
 def read_json(path: Path) -> list[Row]:
     """The rows of a JSON list or of JSON Lines. Libraries for tables would change what they read: `2024-05-01` into a
     time, and all numbers of a column into the same type."""
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig")
-        if path.suffix.lower() == ".gz"
-        else open(path, encoding="utf-8-sig") as file
-    ):
-        text = file.read()
+    content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    text = content.decode("utf-8-sig").replace("\r\n", "\n")
     if text.lstrip().startswith("["):
         return list(zip(json.loads(text, object_pairs_hook=unique_keys), json_as_written(text), strict=True))
     rows = []
@@ -268,28 +262,24 @@ def read_chat(question: Any) -> list[dict]:
 
 def read_content(content: Any) -> str:
     """The text of a turn, which may come in parts: [{"type": "text", "text": ...}, ...]."""
-    if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-                 for part in content]  # fmt: skip
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"a part of its content is {text!r:.80}; only text is supported")
-        content = "".join(texts)
-    if not isinstance(content, str):
-        raise ValueError(f"the content of a turn is a {type(content).__name__}; give text")
-    content.encode()  # UnicodeEncodeError, which is a ValueError, for half of a surrogate pair
-    return content
+    text = ""
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict) and part.get("type") == "text":
+            part = part.get("text")
+        if not isinstance(part, str):
+            raise ValueError(f"the content of a turn is a {type(part).__name__} ({part!r:.60}); give text")
+        text += part
+    text.encode()  # raises UnicodeEncodeError, which is a ValueError, for half of a surrogate pair
+    return text
 
 
 def read_answer(answer: Any, with_answer: bool) -> str:
     """The answer as text, "" if there is none. ValueError if it is neither text nor a number."""
     if isinstance(answer, dict) and "ground_truth" in answer:
         answer = answer["ground_truth"]
-    if answer is None:
-        return ""
-    if with_answer and (isinstance(answer, bool) or not isinstance(answer, str | int | float | decimal.Decimal | date)):
+    if with_answer and isinstance(answer, bool | list | dict | bytes):
         raise ValueError(f"the answer is a {type(answer).__name__}; give text or a number")
-    return str(answer)
+    return "" if answer is None else str(answer)
 
 
 def as_text(messages: list[dict]) -> str:
@@ -308,14 +298,14 @@ def usable(flag: str, problems: list[dict], with_answer: bool) -> list[dict]:
         print(f"{flag}: {dropped} of {len(problems)} rows dropped: a later row has the same question")
     if not with_answer:
         return unique
-    good = []
-    bad = []
+    good: list[dict] = []
+    bad: list[dict] = []
     for problem in unique:
         gold = verifier.gold_answer(problem["answer"])
         in_brackets = UNIT_IN_BRACKETS.fullmatch(gold)  # "9 (apples)" is 9
-        if in_brackets:
-            problem = {**problem, "answer": in_brackets[1]}
-        (good if has_answer(gold) and verifier.verifiable(problem["answer"]) else bad).append(problem)
+        answer = in_brackets[1] if in_brackets else problem["answer"]
+        is_usable = not says_that_there_is_none(gold) and verifier.verifiable(answer)
+        (good if is_usable else bad).append({**problem, "answer": answer})
     if bad:
         examples = "; ".join(repr(verifier.gold_answer(problem["answer"])[:40]) for problem in bad[:3])
         print(f"{flag}: {len(bad)} of {len(unique)} rows dropped: their answers cannot be verified: {examples}")
@@ -324,10 +314,10 @@ def usable(flag: str, problems: list[dict], with_answer: bool) -> list[dict]:
     return good
 
 
-def has_answer(gold: str) -> bool:
-    """Whether a gold answer is one, and not a word such as "proof" or "N/A" in its place."""
-    words = re.sub(r"\\(?:text|mathrm|textbf)\b", "", gold)
-    return re.sub(r"[\W_]+", " ", words).strip().lower() not in NO_ANSWER or bool(re.search(r"\\[a-z]", words))
+def says_that_there_is_none(gold: str) -> bool:
+    """Whether a gold answer is a word such as "proof" or "N/A" in place of an answer."""
+    words = re.sub(r"\\(?:text|mathrm|textbf)\b|[\W_]+", " ", gold)
+    return words.strip().lower() in NO_ANSWER
 
 
 # --- their prompts ----------------------------------------------------------------------------------------------------
@@ -402,9 +392,8 @@ def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]
         ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
         if not ids or ids[-1] in stops:
             what = "ends in a token that ends a completion" if ids else "is empty"
-            fail(
-                f"--model: a prompt {what}: {tokenizer.decode(ids)!r:.300}; change its tokenizer or its chat template in a local copy"
-            )
+            fail(f"--model: a prompt {what}: {tokenizer.decode(ids)!r:.300}; "
+                 "change its tokenizer or its chat template in a local copy")  # fmt: skip
         if max(ids) >= n_embeddings:
             fail(f"--model: its tokenizer gives the token {max(ids)}, but the model has {n_embeddings}")
         encoded.append({**problem, "prompt_ids": ids})

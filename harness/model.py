@@ -41,9 +41,10 @@ def load_model(
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         turn_off_noise(config)
         options: dict[str, Any] = dict(dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-        loaded = AutoModelForCausalLM.from_pretrained(name, config=config, output_loading_info=True, **options)
-        model: Any = loaded[0]
-        check_weights(model, loaded[1])
+        options["output_loading_info"] = True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+        model, loading_info = loaded
+        check_weights(model, loading_info)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if len(tokenizer) <= len(tokenizer.all_special_ids):

@@ -118,8 +118,10 @@ def guard_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:  # not in a notebook or a test
-            options = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
-            setattr(sys, name, Stream(stream.buffer, stream.encoding, "backslashreplace", **options))
+            setattr(sys, name, Stream(
+                stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            ))  # fmt: skip
 
 
 class Lines(tqdm):
