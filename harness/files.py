@@ -13,7 +13,7 @@ from harness.options import fail
 
 # What a run appends to, and what `write_folder` leaves when it is killed.
 LOGS = ("metrics.jsonl", "timing.jsonl", "completions.jsonl", "eval_completions.jsonl")
-LEFTOVER = re.compile(r"\.(model|best|adapter|checkpoint-[0-9]+)-[a-z0-9_]{8}(-old)?")
+LEFTOVER = re.compile(r"\.((model|best|adapter)-[a-z0-9_]{8}|checkpoint-[0-9]+-[a-z0-9_]+)(-old)?")
 
 
 def write_text(path: Path, text: str) -> None:
