@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, error_line, needs_peft, rollout_of, score
+from helpers import ROOT, SCRIPTS, call, error_line, lines, needs_peft, rollout_of, score
 
 import common
 import grpo
 from harness import cuda_graphs, lora, tiny
-from harness.options import RunConfig
 from harness.model import check_logprobs, load_model, load_policy, max_positions, stop_ids, turn_off_noise
+from harness.options import RunConfig
 from harness.trainer import Trainer
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -287,3 +287,17 @@ def test_pickled_weights_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         load_model(str(folder), torch.device("cpu"))
     assert "safetensors" in error_line(capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Qwen3_5Text", "Lfm2", "Gemma4Text"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_trains_models_that_are_not_laid_out_like_llama(name, family, tmp_path, toy_data, monkeypatch):
+    (tmp_path / "reward.py").write_text("def reward(completion, row):\n    return len(completion) % 2\n")
+    options = f"--steps 3 --n-prompts 4 --group-size 4 --max-new-tokens 8 --eval-rows 0 --out {tmp_path} --name r"
+    model = checkpoint(family, tmp_path / "model")
+    call(monkeypatch, name, "--model", model, "--dataset", str(toy_data), "--reward", f"{tmp_path}/reward.py:reward",
+         *options.split())  # fmt: skip
+    metrics = lines(tmp_path / "r" / "metrics.jsonl")
+    assert len(metrics) == 3 and all(row["grad_norm"] > 0 for row in metrics)
+    assert all(row["sampling_logp_difference"] < 1e-4 for row in metrics)
