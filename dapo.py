@@ -1,6 +1,6 @@
 """DAPO, Decoupled clip and Dynamic sAmpling Policy Optimization (arXiv 2503.14476): the baseline of the GTPO paper.
 
-    python dapo.py                                  the tiny model and task: about a minute on a laptop, no network
+    python dapo.py                                  the tiny model and task: about a minute, no network
     python dapo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python dapo.py --help
 
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from common import Rollout, clip_fractions, concatenate
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
@@ -52,12 +52,13 @@ class Config(RunConfig):
     reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
-def overlong_punishment(lengths: Tensor, max_length: int, cache: float) -> Tensor:
-    """What is added to the reward (Eq. 13). lengths [B], max_length, cache, all in tokens -> [B], 0 to -1."""
-    return ((max_length - cache - lengths) / max(cache, 1e-9)).clamp(-1, 0)
+def overlong_punishment(lengths: Tensor, max_new_tokens: int, overlong_cache: float) -> Tensor:
+    """What is added to the reward (Eq. 13): [B], 0 to -1. lengths [B] and max_new_tokens (L_max), in tokens;
+    overlong_cache: L_cache as a share of L_max, so all is divided by L_max here."""
+    return ((1 - overlong_cache - lengths / max_new_tokens) / max(overlong_cache, 1e-9)).clamp(-1, 0)
 
 
-def informative(rewards: Tensor, group: Tensor) -> Tensor:
+def outcomes_differ(rewards: Tensor, group: Tensor) -> Tensor:
     """Which rows are in a group whose rewards differ (Eq. 11). rewards [B], group [B] -> bool [B]."""
     result = torch.zeros_like(group, dtype=torch.bool)
     for g in group.unique():
@@ -67,14 +68,14 @@ def informative(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def dynamic_sampling(run: Run, n_prompts: int, max_rounds: int) -> tuple[Rollout, Rollout, int]:
-    """Samples and verifies until n_prompts groups are informative, but at most max_rounds times.
+    """Samples and verifies until the rewards of n_prompts groups differ, but at most max_rounds times.
 
-    Returns the first n_prompts informative groups (fewer if there are no more), all that was sampled, and the rounds.
+    Returns the first n_prompts of these groups (fewer if there are no more), all that was sampled, and the rounds.
     """
     all_sampled = run.verify(run.sample())
     n_rounds = 1
     while True:
-        useful = all_sampled.select(informative(all_sampled.rewards, all_sampled.group))
+        useful = all_sampled.select(outcomes_differ(all_sampled.rewards, all_sampled.group))
         groups = useful.group.unique()
         if len(groups) >= n_prompts or n_rounds == max_rounds:
             return useful.select(torch.isin(useful.group, groups[:n_prompts])), all_sampled, n_rounds
@@ -103,10 +104,10 @@ def token_advantages(
 ) -> Tensor:  # fmt: skip
     """The advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy moves.
 
-    rewards, group: [B]; entropy (nats), mask: [B, T]; max_new_tokens in tokens, overlong_cache as a share of it. All
-    five scripts have this function. DAPO does not use entropy.
+    rewards, group: [B]; entropy (nats), mask: [B, T]; max_new_tokens in tokens, overlong_cache as a share of it. Every
+    method has this function. DAPO does not use entropy.
     """
-    punishment = overlong_punishment(mask.sum(1), max_new_tokens, overlong_cache * max_new_tokens)  # [B]
+    punishment = overlong_punishment(mask.sum(1), max_new_tokens, overlong_cache)  # [B]
     return advantages(rewards, group, punishment)[:, None] * mask
 
 
@@ -124,17 +125,16 @@ def main() -> None:
     cfg = parse(Config, __doc__)
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
             rollout, all_sampled, n_rounds = dynamic_sampling(run, cfg.n_prompts, cfg.max_rounds)
-            A = token_advantages(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                max_new_tokens=cfg.max_new_tokens, overlong_cache=cfg.overlong_cache,
-            )  # [B, T]  # fmt: skip
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
             if cfg.overlong_filter:
                 A = A[rollout.finished]
                 rollout = rollout.select(rollout.finished)
-            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero=A):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]

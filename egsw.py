@@ -1,6 +1,6 @@
 """EGSW, Entropy-Guided Sequence Weighting (arXiv 2503.22456v2), on top of GRPO.
 
-    python egsw.py                                  the tiny model and task: about a minute on a laptop, no network
+    python egsw.py                                  the tiny model and task: about a minute, no network
     python egsw.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python egsw.py --help
 
@@ -21,7 +21,8 @@ Deviations from the paper, and why:
     gives GRPO (with the same --reduction), and GRPO's learning rate fits. --no-mean-one gives the paper's weights,
     whose sum is one.
  2. The gradient above holds as long as the policy has not moved. With several updates per rollout (--minibatches), the
-    ratio is clipped as in GRPO, and w multiplies the whole clipped objective of a token, with its KL term.
+    ratio is clipped as in GRPO. w is never negative, so to multiply A by it is to multiply the whole clipped objective
+    of a token: w min(r A, clip(r) A) = min(r w A, clip(r) w A). It multiplies the KL term too.
  3. alpha and P are this project's choice. The paper calls them sensitive, but we could not confirm its values. We could
     not confirm its treatment of the KL either. beta is 0 unless --kl-coef is given.
  4. The mean is over all tokens of the optimizer step. The paper takes the mean of each completion first (--reduction
@@ -45,7 +46,7 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
@@ -62,11 +63,11 @@ class Config(RunConfig):
     reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
-def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
+def advantages(rewards: Tensor, group: Tensor, advantage: str = "grpo", eps: float = 1e-6) -> Tensor:
     """Group-relative advantages. rewards [B] float, group [B] (any integers; rows of a prompt share one) -> [B].
 
-    kind: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards are
-    all equal gets exactly 0. ValueError for another kind.
+    advantage: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards
+    are all equal gets exactly 0. ValueError for another word.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
@@ -74,54 +75,54 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
         r = rewards[rows]
         if r.max() > r.min():
             centred = r - r.mean()
-            if kind == "grpo":
-                result[rows] = centred * (1 / (r.std(correction=0) + eps))
-            elif kind == "dr_grpo":
+            if advantage == "grpo":
+                result[rows] = centred / (r.std(correction=0) + eps)
+            elif advantage == "dr_grpo":
                 result[rows] = centred
-            elif kind == "rloo":
+            elif advantage == "rloo":
                 result[rows] = centred * (len(r) / (len(r) - 1))  # equals r - mean of the others
             else:
-                raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
+                raise ValueError(f"advantage must be 'grpo', 'dr_grpo' or 'rloo', not {advantage!r}")
     return result
 
 
 def weights(
     advantages: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
-    alpha: float = 0.5, temperature: float = 2.0, step_wise: bool = True, mean_one: bool = True,
+    alpha: float = 0.5, weight_temperature: float = 2.0, step_wise: bool = True, mean_one: bool = True,
 ) -> Tensor:  # fmt: skip
-    """EGSW's weights: [B, T], 0 where mask is 0. Multiply the loss of each token by them; they carry no gradient.
+    """EGSW's weights: [B, T], never negative, 0 where mask is 0. They carry no gradient.
 
-    advantages: [B] or [B, T]; entropy (nats), mask: [B, T]; group: [B]. ValueError unless temperature is above 0
+    advantages: [B] or [B, T]; entropy (nats), mask: [B, T]; group: [B]. ValueError unless weight_temperature is above 0
     and finite.
     """
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
+    if not 0 < weight_temperature < float("inf"):
+        raise ValueError(f"weight_temperature must be above 0 and finite, not {weight_temperature}")
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    score = torch.where(mask > 0, A + alpha * entropy, 0.0).detach().float()  # [B, T] padding may hold NaN
-    if not step_wise:  # a row has one score: the mean over its tokens
-        score = ((score * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).float()  # [B, 1]
-    competing = mask > 0 if step_wise else torch.ones_like(mask, dtype=torch.bool)  # [B, T] who is in each softmax
-    result = torch.zeros_like(mask, dtype=torch.float32)
+    competes = mask > 0  # [B, T] the softmax at t is over the rows that have a token there
+    score = torch.where(competes, A + alpha * entropy, 0.0).detach().float()  # [B, T] padding may hold NaN
+    if not step_wise:  # a row has one score, the mean over its tokens, and all rows of the group are in one softmax
+        score = (score.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).float().expand_as(mask)
+        competes = torch.ones_like(competes)
+    W = torch.zeros_like(mask, dtype=torch.float32)
     for g in group.unique():
         rows = group == g
-        x = torch.where(competing[rows], score[rows], -torch.inf)  # [G, T]
-        x = x - x.amax(0)  # does not change the softmax, and the division cannot overflow
-        w = (x / temperature).softmax(0)  # raw_it / sum_j raw_jt
+        logits = score[rows].masked_fill(~competes[rows], -torch.inf)  # [G, T]
+        logits = logits - logits.amax(0)  # does not change the softmax, and the division cannot overflow
+        W[rows] = (logits / weight_temperature).softmax(0)  # raw_it / sum_j raw_jt
         if mean_one:
-            w = w * competing[rows].sum(0)
-        result[rows] = w
-    return torch.where(mask > 0, result, 0.0)  # at a position where no row has a token, the softmax gave NaN
+            W[rows] *= competes[rows].sum(0)
+    return torch.where(mask > 0, W, 0.0)  # at a position where no row has a token, the softmax gave NaN
 
 
 def token_advantages(
-    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor, advantage: str = "grpo",
+    rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
+    advantage: str = "grpo",
     alpha: float = 0.5, weight_temperature: float = 2.0, step_wise: bool = True, mean_one: bool = True,
 ) -> Tensor:  # fmt: skip
     """The weighted advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy
     moves.
 
-    rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config. With kl_coef 0 it gives the
-    gradient of main(), which needs the weights apart because they multiply the KL term too.
+    rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config.
     """
     A = advantages(rewards, group, advantage)  # [B]
     return A[:, None] * weights(A, entropy, mask, group, alpha, weight_temperature, step_wise, mean_one)
@@ -148,25 +149,24 @@ def main() -> None:
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with_kl = cfg.kl_coef > 0
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
             rollout = run.verify(run.sample())  # prompts -> completions -> rewards
-            A = advantages(rollout.rewards, rollout.group, cfg.advantage)  # [B]
-            W = weights(
-                A, rollout.entropy, rollout.mask, rollout.group,
-                alpha=cfg.alpha, temperature=cfg.weight_temperature, step_wise=cfg.step_wise, mean_one=cfg.mean_one,
-            )  # [B, T]  # fmt: skip
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
             ref_logprobs = run.reference_logprobs(rollout) if with_kl else None  # [B, T]
-            active = None if with_kl else A  # without a KL, rows with advantage 0 have no gradient: they are not scored
-            for minibatch in run.minibatches(rollout, cfg.reduction, active):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
+            group_A = advantages(rollout.rewards, rollout.group, cfg.advantage)  # [B]
+            W = weights(group_A, rollout.entropy, rollout.mask, rollout.group, **keywords(cfg, weights))  # [B, T]
+            skip_zero = None if with_kl else A  # with a KL, rows whose advantage is 0 have a gradient too
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
                     if ref_logprobs is not None:
                         kl = k3(batch.logprobs, ref_logprobs[batch.rows])  # [b, T]
-                        per_token = per_token + cfg.kl_coef * kl * batch.mask
+                        per_token = per_token + cfg.kl_coef * W[batch.rows] * kl  # the weights multiply the KL too
                         metrics["kl"] = kl
-                    per_token = W[batch.rows] * per_token  # W multiplies the KL term too
                     (per_token * batch.loss_weights).sum().backward()  # loss_weights turn this sum into the mean
                     run.record(batch, per_token, **metrics)
                 run.optimizer_step()

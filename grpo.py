@@ -1,6 +1,6 @@
 """GRPO, Group Relative Policy Optimization (Shao et al., DeepSeekMath, arXiv 2402.03300).
 
-    python grpo.py                                  the tiny model and task: about a minute on a laptop, no network
+    python grpo.py                                  the tiny model and task: about a minute, no network
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python grpo.py --help
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
@@ -40,11 +40,11 @@ class Config(RunConfig):
     reduction: Literal["sequence", "token", "constant"] = option("sequence", "how the loss is averaged")
 
 
-def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
+def advantages(rewards: Tensor, group: Tensor, advantage: str = "grpo", eps: float = 1e-6) -> Tensor:
     """Group-relative advantages. rewards [B] float, group [B] (any integers; rows of a prompt share one) -> [B].
 
-    kind: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards are
-    all equal gets exactly 0. ValueError for another kind.
+    advantage: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards
+    are all equal gets exactly 0. ValueError for another word.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
@@ -52,14 +52,14 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
         r = rewards[rows]
         if r.max() > r.min():
             centred = r - r.mean()
-            if kind == "grpo":
-                result[rows] = centred * (1 / (r.std(correction=0) + eps))
-            elif kind == "dr_grpo":
+            if advantage == "grpo":
+                result[rows] = centred / (r.std(correction=0) + eps)
+            elif advantage == "dr_grpo":
                 result[rows] = centred
-            elif kind == "rloo":
+            elif advantage == "rloo":
                 result[rows] = centred * (len(r) / (len(r) - 1))  # equals r - mean of the others
             else:
-                raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
+                raise ValueError(f"advantage must be 'grpo', 'dr_grpo' or 'rloo', not {advantage!r}")
     return result
 
 
@@ -69,7 +69,7 @@ def token_advantages(
 ) -> Tensor:  # fmt: skip
     """The advantage of every token: [B, T], 0 where mask is 0. It multiplies grad log pi until the policy moves.
 
-    rewards, group: [B]; entropy (nats), mask: [B, T]. All five scripts have this function. GRPO does not use entropy.
+    rewards, group: [B]; entropy (nats), mask: [B, T]. Every method has this function. GRPO does not use entropy.
     """
     return advantages(rewards, group, advantage)[:, None] * mask
 
@@ -95,16 +95,15 @@ def main() -> None:
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with_kl = cfg.kl_coef > 0
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
             rollout = run.verify(run.sample())  # prompts -> completions -> rewards
-            A = token_advantages(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                advantage=cfg.advantage,
-            )  # [B, T]  # fmt: skip
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
             ref_logprobs = run.reference_logprobs(rollout) if with_kl else None  # [B, T]
-            active = None if with_kl else A  # without a KL, rows with advantage 0 have no gradient: they are not scored
-            for minibatch in run.minibatches(rollout, cfg.reduction, active):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
+            skip_zero = None if with_kl else A  # with a KL, rows whose advantage is 0 have a gradient too
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]

@@ -1,6 +1,6 @@
 """GRPO-S, sequence-level entropy-weighted GRPO (arXiv 2508.04349, the GTPO paper; equation numbers of v5).
 
-    python grpo_s.py                                the tiny model and task: about a minute on a laptop, no network
+    python grpo_s.py                                the tiny model and task: about a minute, no network
     python grpo_s.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python grpo_s.py --help
 
@@ -15,11 +15,11 @@ ratio. O+ are the n right and O- the m wrong completions of a prompt.
     w_i  = exp(1/|o_i| sum_t (log pi(o_it) - log pi_old(o_it)))             the geometric mean             (Algorithm 1)
 
 Deviations from the paper, and readings where it is open:
- 1. The ratio is geometric, as in Algorithm 1. --ratio arithmetic is Eq. 8.
+ 1. The ratio is geometric, as in Algorithm 1. --ratio-mean arithmetic is Eq. 8.
  2. Groups that are all right or all wrong have advantage 0. Their shaped rewards differ only by entropy, and to divide
     such small differences by their own std would turn noise into a gradient of full strength.
- 3. H_i has a floor (--entropy-min), because it is divided by. --mean geometric is the robust form of section 2.4.1;
-    with it each token's entropy has the floor, because its logarithm is taken.
+ 3. H_i has a floor (--entropy-min), because it is divided by. --entropy-mean geometric is the robust form of section
+    2.4.1; with it each token's entropy has the floor, because its logarithm is taken.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
@@ -37,9 +37,9 @@ from harness.run import Run
 class Config(RunConfig):
     beta1: float = option(1.0, "weight of the verifier's reward", at_least=0)
     beta2: float = option(0.1, "weight of the entropy term", at_least=0)
-    mean: Literal["arithmetic", "geometric"] = option("arithmetic", "mean of a completion's token entropies")
+    entropy_mean: Literal["arithmetic", "geometric"] = option("arithmetic", "mean of a completion's token entropies")
     entropy_min: float = option(1e-3, "floor of that mean, nats; if geometric, of each token's entropy", above=0)
-    ratio: Literal["geometric", "arithmetic"] = option("geometric", "mean of a completion's token ratios")
+    ratio_mean: Literal["geometric", "arithmetic"] = option("geometric", "mean of a completion's token ratios")
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + clip_high", above=0)
     reduction: Literal["sequence", "token", "constant"] = option("sequence", "how the loss is averaged")
@@ -47,7 +47,7 @@ class Config(RunConfig):
 
 def shaped_rewards(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
-    beta1: float = 1.0, beta2: float = 0.1, mean: str = "arithmetic", entropy_min: float = 1e-3,
+    beta1: float = 1.0, beta2: float = 0.1, entropy_mean: str = "arithmetic", entropy_min: float = 1e-3,
 ) -> Tensor:  # fmt: skip
     """The shaped reward of every completion (Eq. 6). rewards, group: [B]; entropy (nats), mask: [B, T] -> [B].
 
@@ -58,7 +58,7 @@ def shaped_rewards(
     n_tokens = mask.sum(1)
     arithmetic = ((entropy * mask).sum(1) / n_tokens.clamp(min=1)).clamp(min=entropy_min)
     geometric = ((entropy.clamp(min=entropy_min).log() * mask).sum(1) / n_tokens.clamp(min=1)).exp()
-    H = {"arithmetic": arithmetic, "geometric": geometric}[mean]  # [B]
+    H = {"arithmetic": arithmetic, "geometric": geometric}[entropy_mean]  # [B]
     result = torch.where(rewards > 0.5, beta1 * rewards, -beta1)
     for g in group.unique():
         rows = (group == g) & (n_tokens > 0)
@@ -86,28 +86,28 @@ def advantages(shaped: Tensor, rewards: Tensor, group: Tensor, eps: float = 1e-6
 
 def token_advantages(
     rewards: Tensor, entropy: Tensor, mask: Tensor, group: Tensor,
-    beta1: float = 1.0, beta2: float = 0.1, mean: str = "arithmetic", entropy_min: float = 1e-3,
+    beta1: float = 1.0, beta2: float = 0.1, entropy_mean: str = "arithmetic", entropy_min: float = 1e-3,
 ) -> Tensor:  # fmt: skip
     """The advantage of every token, the same in a completion: [B, T], 0 where mask is 0. It multiplies grad log pi
     until the policy moves.
 
-    rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config. main() calls the two functions
-    above instead, because it has one ratio per completion.
+    rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config.
     """
-    shaped = shaped_rewards(rewards, entropy, mask, group, beta1, beta2, mean, entropy_min)  # [B]
+    shaped = shaped_rewards(rewards, entropy, mask, group, beta1, beta2, entropy_mean, entropy_min)  # [B]
     return advantages(shaped, rewards, group)[:, None] * mask
 
 
-def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, mean: str = "geometric") -> Tensor:
-    """One probability ratio per completion, the mean of its tokens' ratios. logprobs, old_logprobs, mask: [B, T] -> [B]
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, ratio_mean: str = "geometric") -> Tensor:
+    """One probability ratio per completion, the mean of its tokens' ratios. logprobs, old_logprobs, mask: [B, T] ->
+    [B, 1]
 
-    mean: "geometric" (Algorithm 1) or "arithmetic" (Eq. 8); KeyError for another.
+    ratio_mean: "geometric" (Algorithm 1) or "arithmetic" (Eq. 8); KeyError for another.
     """
     log_ratio = (logprobs - old_logprobs) * mask
-    n_tokens = mask.sum(1).clamp(min=1)
-    geometric = (log_ratio.sum(1) / n_tokens).exp()
-    arithmetic = (log_ratio.exp() * mask).sum(1) / n_tokens
-    return {"geometric": geometric, "arithmetic": arithmetic}[mean]
+    n_tokens = mask.sum(1, keepdim=True).clamp(min=1)
+    geometric = (log_ratio.sum(1, keepdim=True) / n_tokens).exp()
+    arithmetic = (log_ratio.exp() * mask).sum(1, keepdim=True) / n_tokens
+    return {"geometric": geometric, "arithmetic": arithmetic}[ratio_mean]
 
 
 def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:
@@ -124,18 +124,16 @@ def main() -> None:
     cfg = parse(Config, __doc__)
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
             rollout = run.verify(run.sample())  # prompts -> completions -> rewards
-            shaped = shaped_rewards(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                beta1=cfg.beta1, beta2=cfg.beta2, mean=cfg.mean, entropy_min=cfg.entropy_min,
-            )  # [B]  # fmt: skip
-            A = advantages(shaped, rollout.rewards, rollout.group)  # [B]
-            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
-                    ratio = sequence_ratio(batch.logprobs, batch.old_logprobs, batch.mask, cfg.ratio)[:, None]  # [b, 1]
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero=A):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
+                    ratio = sequence_ratio(batch.logprobs, batch.old_logprobs, batch.mask, cfg.ratio_mean)  # [b, 1]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
-                    metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, 1]
+                    metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
                     (per_token * batch.loss_weights).sum().backward()  # loss_weights turn this sum into the mean
                     run.record(batch, per_token, **metrics)
                 run.optimizer_step()

@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT))
 import common
 import grpo
 import verifier
-from harness import tiny
+from harness import decoder, tiny
 from harness.options import RunConfig
-from harness.trainer import Trainer, microbatches
+from harness.trainer import Trainer
 
 Q, G, T = 32, 8, 64
 V, D, N = 151_936, 896, 2_048  # Qwen2.5-0.5B's vocabulary and hidden size
@@ -206,7 +206,7 @@ def head_naive(hidden, weight, targets):
 
 
 def head_ours(hidden, weight, targets):
-    return common.HeadLogprobs.apply(hidden, weight, None, targets, 1.0, None, 1.0, True)
+    return decoder.HeadLogprobs.apply(hidden, weight, None, targets, 1.0, None, 1.0, True)
 
 
 def head_trl(hidden, weight, targets):
@@ -267,7 +267,7 @@ def measure_growth(length: str) -> dict:
     lengths, ids, mask = torch.full((B,), 16), torch.randint(0, V, (B, n)), torch.ones(B, n)
 
     def work():
-        for rows in microbatches(lengths + n, 2048):
+        for rows in torch.arange(B).split(max(1, 2048 // (16 + n))):
             logp, _ = common.token_logprobs(model, prompt[rows], lengths[rows], ids[rows], mask[rows])
             logp.sum().backward()
 

@@ -1,6 +1,6 @@
 """Measures on a GPU, in one process of at most eight minutes, what cannot be measured without one.
 
-    python benchmarks/gpu.py             writes results_gpu.json and results_gpu.md beside this file
+    python benchmarks/gpu.py             writes results_gpu.json and results_gpu.md into this folder
     python benchmarks/gpu.py --tiny      sizes for a CPU: shows that all of it runs, and measures nothing of worth
 
 Needs torch and transformers. The model has the shape of Qwen2.5-0.5B and random weights, so no completion ends before
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common
+import harness.model
 import verifier
 from benchmarks.bench import head_naive, head_ours, head_trl, installed
-from harness import cuda_graphs, data, memory, tiny
-from harness.options import RunConfig
+from harness import cuda_graphs, tiny
 from harness.run import Run
 
 LIMIT = 7.5 * 60  # seconds; later rows are left out
@@ -221,27 +221,17 @@ def measure_logprobs(name: str, size: Size, device: torch.device) -> list[dict]:
 
 
 def measure_script(size: Size, device: torch.device, name: str, *options: str) -> list[dict]:
-    """Some steps of a script: seconds of the last one, and its peak memory against the estimate."""
-    known = {"--" + field.name.replace("_", "-") for field in fields(RunConfig)}
-    unknown = [option for option in options if option.startswith("--") and option not in known]
-    if unknown:
-        raise NotMeasured(f"there is no option {', '.join(unknown)}")
+    """Some steps of a script: seconds of the last one, and its peak memory."""
     if "--lora-rank" in options and not installed("peft"):
         raise NotMeasured("peft is not installed")
-    estimates = []
 
     def load_model(name, device, *options):
         dtype = next((option for option in options if isinstance(option, torch.dtype)), torch.float32)
         return random_model(size, device, dtype), tiny.new_tokenizer()
 
-    def check_memory(cfg, model, prompt_length):
-        fixed, rollout, update = memory.estimate_memory(cfg, model, prompt_length, device.type == "cuda").values()
-        estimates.append((fixed + max(rollout, update)) / 2**30)
-
     grades = iter([(1.0, "correct"), (0.0, "wrong")] * 10**6)
     replaced = [
-        (data, "load_model", load_model),
-        (memory, "check_memory", check_memory),
+        (harness.model, "load_model", load_model),
         (verifier, "grade", lambda *_: next(grades)),
         (Run, "save", lambda run: None),  # gigabytes of random weights
         (Run, "write_model", lambda run, *_: None),
@@ -253,7 +243,7 @@ def measure_script(size: Size, device: torch.device, name: str, *options: str) -
             "n-prompts": size.n_prompts, "group-size": size.group_size, "max-new-tokens": size.tokens,
         }  # fmt: skip
         arguments = [f"--{key}={value}" for key, value in settings.items()]
-        sys.argv = [f"{name}.py", *arguments, "--no-save-plots", *options]
+        sys.argv = [f"{name}.py", *arguments, *options]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for owner, attribute, value in replaced:
@@ -272,7 +262,7 @@ def measure_script(size: Size, device: torch.device, name: str, *options: str) -
         row(f"{what}: update", timing["update"], "s a step", gap),
     ]
     if "peak_gib" in timing:
-        rows.append(row(f"{what}: peak memory", timing["peak_gib"], "GiB", f"estimated {estimates[0]:.1f}"))
+        rows.append(row(f"{what}: peak memory", timing["peak_gib"], "GiB"))
     return rows
 
 

@@ -52,14 +52,14 @@ def measure(method: str, base: str, options: list[str]) -> None:
     print(json.dumps(dict(seconds=statistics.median(steps), own=statistics.median(own), mib=peak)))
 
 
-def cost(methods: tuple[str, ...], base: str) -> list[dict]:
-    """Rows of cost.csv, on one thread: medians of ROUNDS processes, and the median, lowest and highest ratio to GRPO's
-    process of the same round."""
+def cost(methods: list[str], base: str) -> list[dict]:
+    """Rows of cost.csv.gz, on one thread: medians of ROUNDS processes, and the median, lowest and highest ratio to
+    GRPO's process of the same round."""
     contenders, found = {method: (method, []) for method in methods}, {}
     contenders["dapo, one update, one round"] = "dapo", ONE_UPDATE
     for _ in range(ROUNDS):
         for label, (method, options) in contenders.items():
-            command = [sys.executable, __file__, method, base, "--steps", str(STEPS), "--no-save-plots", *options]
+            command = [sys.executable, __file__, method, base, "--steps", str(STEPS), *options]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:

@@ -3,23 +3,21 @@
     python experiments/credit.py                      the tiny base on arithmetic: runs/credit.png
     python experiments/credit.py --countdown          the base of tasks/countdown.py on its task
     python experiments/credit.py --explorer           the page to play with, with both tasks: runs/credit.html
-    python experiments/credit.py --model path/to/model --dataset rows.jsonl --out runs/after
     python experiments/credit.py --explorer --model path/to/model --dataset rows.jsonl --out runs/after
 
 These made the files of this repository:
 
-    python experiments/credit.py --out assets/credit
     python experiments/credit.py --countdown --out assets/credit_countdown
     python experiments/credit.py --explorer --group-size 6 --out docs/explorer
 
 Credit is what multiplies grad log pi of a token on the first update, before the mean over tokens: token_advantages of
 each script, at its default options, over the batch that the first step of a run samples. Blue pushes a token up, orange
-pushes it down, and all methods share one scale. The bar beneath a token is the entropy of the policy there, and a fork
+pushes it down, and all methods share one scale. The bar below a token is the entropy of the policy there, and a fork
 is a token of at least FORK nats.
 
 The PNG shows one prompt, the first one whose completions are nearest to half right. It wraps long completions and says
-what it cuts. With --explorer the page explorer.html is filled with two prompts instead: that one and a harder one. The
-page is one file that loads nothing. It computes the credit itself, for the options that its reader chooses.
+what it cuts. With --explorer the page docs/explorer.html is filled with two prompts instead: that one and a harder one.
+The page is one file that loads nothing. It computes the credit itself, for the options that its reader chooses.
 
 Exit status: 0 done; 2 the options or the input are wrong, or no prompt has both right and wrong completions.
 """
@@ -51,16 +49,19 @@ import gtpo
 import verifier
 from common import Rollout
 from harness import data, tiny
+from harness.model import load_model
 from harness.options import RunConfig, add_option, bounded, fail, resolve_defaults
 from harness.rewards import RewardError
 from harness.trainer import Trainer
 from tasks import countdown
 
+EXPLORER = ROOT / "docs" / "explorer.html"
+BEGIN = '<script type="application/json" id="content">'  # the content follows, up to the end of this element
+
 # The options of a run that decide what is sampled.
 SAMPLING = [
-    "model", "trust_remote_code", "dataset", "dataset_config", "train_split", "question_column", "answer_column",
-    "reward", "system", "prompt_template", "max_prompt_tokens",
-    "n_prompts", "group_size", "max_new_tokens", "temperature", "seed",
+    "model", "trust_remote_code", "dataset", "splits", "question_column", "answer_column", "reward", "system",
+    "prompt_template", "max_prompt_tokens", "n_prompts", "group_size", "max_new_tokens", "temperature", "seed",
 ]  # fmt: skip
 SCRIPTS = {"GRPO": grpo, "DAPO": dapo, "EGSW": egsw, "GTPO": gtpo, "GRPO-S": grpo_s}
 FORK = 0.35  # nats. A token of at least this entropy is called a fork; to choose by a fair coin has 0.69.
@@ -112,7 +113,7 @@ def sample(cfg: RunConfig) -> tuple[Rollout, object]:
     """What the first step of a run with these options samples and verifies, and the tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = cfg.model or str(tiny.base(Path("runs/tiny-base")))
-    model, tokenizer = data.load_model(source, device, cfg.trust_remote_code)
+    model, tokenizer = load_model(source, device, cfg.trust_remote_code)
     resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
     problems, _ = data.load_problems(cfg)
     trainer = Trainer(cfg, model, tokenizer, data.encode(cfg, model, tokenizer, problems), source)
@@ -221,11 +222,6 @@ def task_content(cfg: RunConfig) -> dict:
     }
 
 
-def choices_of(hint) -> list[str]:
-    """The words of a Literal; none for another type."""
-    return list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else []
-
-
 def method_options() -> dict[str, list[dict]]:
     """For each script, the options that its token_advantages takes: in this order, with default, help and choices."""
     options = {}
@@ -237,7 +233,8 @@ def method_options() -> dict[str, list[dict]]:
                 "name": name,
                 "default": fields[name].default,
                 "help": fields[name].metadata["help"],
-                "choices": choices_of(fields[name].type),
+                # the words of a Literal; another type has no arguments that are text
+                "choices": [word for word in typing.get_args(fields[name].type) if isinstance(word, str)],
             }
             for name in names
         ]
@@ -245,10 +242,13 @@ def method_options() -> dict[str, list[dict]]:
 
 
 def page(tasks: list[dict]) -> str:
-    """One HTML file. The content goes in as JSON without any "<", and the page's script writes it as text only."""
+    """docs/explorer.html with this content in place of its own. The content goes in as JSON without any "<", and the
+    page's script writes it as text only."""
     content = {"tasks": tasks, "options": method_options(), "fork": FORK}
-    template = (Path(__file__).parent / "explorer.html").read_text(encoding="utf-8")
-    return template.replace("{{content}}", json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
+    text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    before, begin, rest = EXPLORER.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition("</script>")
+    return before + begin + text + end + after
 
 
 # --- the PNG ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Draws the figures from results.csv, curves.csv and frontier.csv, for compare.py.
+"""Draws the figures from the files of experiments/data.
+
+    python experiments/figures.py       draws them again
 
 learning_curves.png: reward, entropy and length against the tokens sampled, a row of panels a setting; lines are means
 over seeds, bands span from the lowest seed to the highest. pass_at_k.png: pass@k before and after training. parts.png:
@@ -10,12 +12,13 @@ dots are seeds.
 import statistics
 from pathlib import Path
 
+from data_files import DATA, read_rows
 from tables import FRONTIERS, frontier_points, frontier_rows, largest_k, lines_of, method_of
 
 COLOURS = {
     "grpo": "#4c72b0", "dapo": "#dd8452", "egsw": "#55a868", "gtpo": "#c44e52", "grpo_s": "#8172b3",
     "egsw step_wise=False": "#1f6b3a", "forking": "#937860", "cov": "#da8bc3", "entropy_advantage": "#8c8c8c",
-    "quantile": "#ccb974", "cispo": "#64b5cd", "cov kind=kl": "#8c4c7c",
+    "quantile": "#ccb974", "cispo": "#64b5cd", "cov variant=kl": "#8c4c7c",
     "grpo reduction=token minibatches=4": "#26487a",
 }  # fmt: skip
 
@@ -120,8 +123,8 @@ def parts(pyplot, rows: list[dict]):
 
 
 def frontier(pyplot, evaluations: list[dict]):
-    """The five methods and, beside them, the methods of more/. A line joins the evaluations of one learning rate, from
-    the first to the last; the base is the black cross."""
+    """The five methods on the left, the methods of more/ on the right. A line joins the evaluations of one learning
+    rate, from the first to the last; the base is the black cross."""
     questions = [question for question in FRONTIERS if frontier_rows(evaluations, question)]
     size = dict(figsize=(7 * len(questions), 5.5), layout="constrained", sharex=True, sharey=True, squeeze=False)
     figure, panels = pyplot.subplots(1, len(questions), **size)
@@ -165,3 +168,7 @@ def egsw_grid(pyplot, rows: list[dict]):
         axis.set(xticks=range(len(temperatures)), xticklabels=temperatures, xlabel="P")
         axis.set(yticks=range(len(alphas)), yticklabels=alphas, ylabel="alpha", title=f"{title}: mean@32")
     return figure
+
+
+if __name__ == "__main__":
+    draw(*(read_rows(DATA / f"{name}.csv.gz") for name in ("results", "curves", "frontier")), out=DATA.parent)

@@ -1,4 +1,7 @@
-"""Markdown tables from the rows of results.csv, frontier.csv and cost.csv, for compare.py.
+"""Prints the tables of the questions, as Markdown, from the files of experiments/data. RESULTS.md quotes some of them.
+
+    python experiments/tables.py                all of them
+    python experiments/tables.py parts gtpo     those of these questions
 
 A number is a mean over n seeds with its 95% t-interval. Runs of one seed share their base and their prompts, so two
 runs are compared seed by seed: the mean of the differences with its t-interval, and in how many seeds the difference is
@@ -6,8 +9,10 @@ positive. A * says that the difference stays significant (5%) after Holm's corre
 question, in all of its settings and in both columns.
 """
 
+import argparse
 import statistics
 
+from data_files import DATA, read_rows
 from scipy import stats
 
 NOTE = (
@@ -73,7 +78,7 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def report(rows: list[dict], evaluations: list[dict], costs: list[dict]) -> str:
-    """All tables, as tables.md and quick.md hold them."""
+    """The tables of all questions that have rows."""
     text = NOTE + "\n\n"
     for question in dict.fromkeys(row["question"] for row in rows):
         text += tables([row for row in rows if row["question"] == question], question)
@@ -110,7 +115,9 @@ def tables(rows: list[dict], question: str) -> str:
     text = ""
     if len(settings) > 1:
         names = dict.fromkeys(name for lines in settings.values() for name in lines)
-        cells = []
+        first = [next(iter(lines.values())) for lines in settings.values()]  # all lines start from the same base
+        before = [statistics.fmean(row[f"before mean@{largest_k(row)}"] for row in some) for some in first]
+        cells = [["before", *(f"{mean:.3f}" for mean in before)]]
         for name in names:
             found = [lines.get(name, []) for lines in settings.values()]
             means = [interval([row[f"after mean@{largest_k(row)}"] for row in some]) if some else "" for some in found]
@@ -240,3 +247,20 @@ def frontier_table(evaluations: list[dict], question: str) -> str:
         cells.append(line)
     header = ["method", "points", *(f"mean@64 of {level} or more" for level in LEVELS)]
     return f"### {question}, countdown: the highest pass@64 at\n\n" + markdown(header, cells)
+
+
+def main() -> None:
+    rows = read_rows(DATA / "results.csv.gz")
+    questions = [*dict.fromkeys(row["question"] for row in rows), "cost"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=", ".join(questions))
+    asked = parser.parse_args().questions or questions
+    if unknown := set(asked) - set(questions):
+        parser.error(f"there is no question {', '.join(sorted(unknown))}; there are {', '.join(questions)}")
+    rows = [row for row in rows if row["question"] in asked]
+    costs = read_rows(DATA / "cost.csv.gz") if "cost" in asked else []
+    print(report(rows, read_rows(DATA / "frontier.csv.gz"), costs), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,14 +9,15 @@ from torch import Tensor
 
 import common
 from common import Rollout
+from harness import decoder
 
 
 def supported(model) -> bool:
-    """Whether the model can decode with fixed shapes: not with sliding windows, and only with torch's own attention."""
-    from transformers import DynamicCache
+    """Whether the model can decode with fixed shapes: only with full attention in every layer, computed by torch."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    sliding = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=model.config).layers)
-    return model.config._attn_implementation == "sdpa" and not sliding
+    full_attention = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return model.config._attn_implementation == "sdpa" and full_attention
 
 
 @torch.no_grad()
@@ -41,16 +42,18 @@ def sample(
     uniforms = torch.zeros_like(rollout.mask) if uniforms is None else uniforms.to(model.device)  # [B, T]
     eos = torch.tensor(eos_ids, device=model.device)
 
-    with common.autocast(model.device), torch.inference_mode():
-        prefilled, attention, hidden = common.prefill(model, prompts, T)
+    with decoder.autocast(model.device), torch.inference_mode():
         B = len(rollout)
-        P = attention.shape[1] - T
-        hidden = hidden[rollout.group]  # [B, D]
-        cache = common.keys_like_values(StaticCache)(config=model.config, max_cache_len=P + T)
-        for i, layer in enumerate(prefilled.layers):
+        prompt_cache = decoder.growing_cache(model)
+        prompt_ids = rollout.prompt_ids[::group_size]
+        last, attention = decoder.prefill(model, prompt_cache, prompt_ids, rollout.prompt_lengths[::group_size])
+        P = attention.shape[1]
+        hidden = last[rollout.group]  # [B, D]
+        cache = decoder.keys_like_values(StaticCache)(config=model.config, max_cache_len=P + T)
+        for i, layer in enumerate(prompt_cache.layers):
             cache.update(layer.keys[rollout.group], layer.values[rollout.group], i)
         visible = torch.zeros(B, 1, 1, P + T, dtype=torch.bool, device=model.device)
-        visible[:, 0, 0, :P] = attention[rollout.group, :P] > 0
+        visible[:, 0, 0, :P] = attention[rollout.group] > 0
         t = torch.zeros(1, dtype=torch.long, device=model.device)  # a tensor: a graph runs no Python
 
         def step() -> None:
@@ -66,7 +69,7 @@ def sample(
             rollout.finished.logical_or_(torch.isin(token[:, 0], eos))
             visible.index_fill_(3, P + t, True)
             positions = (rollout.prompt_lengths + t)[:, None]
-            hidden.copy_(common.last_hidden(model, cache, token, visible, positions))
+            hidden.copy_(decoder.hidden_states(model, cache, token, visible, positions)[:, -1])
             t.add_(1)
 
         step()  # not captured: it also fills autocast's cache of bf16 weights, which the graph then reads

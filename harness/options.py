@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -139,6 +140,11 @@ def parse(config_class: type[C], doc: str | None, argv: list[str] | None = None)
                 flag = "--" + name.replace("_", "-")
                 fail(f"{flag} {getattr(args, name)}: the run {args.resume} has {stored}, and a run cannot change it")
     return config_class(**vars(args))
+
+
+def keywords(cfg: Any, function: Callable) -> dict[str, Any]:
+    """The options of a config that are also arguments of the function, by their common names."""
+    return {name: getattr(cfg, name) for name in inspect.signature(function).parameters if hasattr(cfg, name)}
 
 
 def stored_options(folder: str, known: Collection[str]) -> dict:

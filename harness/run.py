@@ -144,6 +144,9 @@ class Run(Trainer):
 
     def log(self, rollout: Rollout, method_metrics: dict[str, float] | None = None) -> None:
         """Writes this step's metrics (of the rollout, of the update, of the method), seconds and completions."""
+        self.add_seconds("update", self.update_start)
+        update_metrics = self.metrics_of_update()
+        self.bad_steps = self.bad_steps + 1 if update_metrics["skipped_updates"] else 0
         rewards = torch.stack([rollout.rewards[rollout.group == group] for group in rollout.group.unique()])  # [Q, G]
         n_tokens = rollout.mask.sum()
         verdicts = [text["verdict"] for text in rollout.texts]
@@ -157,7 +160,7 @@ class Run(Trainer):
             "entropy": float(rollout.entropy.sum() / n_tokens),
             "completions/mean_length": float(rollout.completion_lengths().mean()),
             "completions/clipped_ratio": float((~rollout.finished).float().mean()),
-            **self.update_metrics,
+            **update_metrics,
             **(method_metrics or {}),
         }
         self.history.append(metrics)

@@ -1,10 +1,10 @@
 """One step of RL training: sample, verify, minibatches, optimizer_step. The loop in every script calls these.
 
-    rollout = trainer.verify(trainer.sample())                      prompts -> completions -> rewards
-    ...                                                             the method: rewards -> advantages
-    for minibatch in trainer.minibatches(rollout, reduction, A):    one optimizer step each
-        for batch in minibatch:                                     some rows, scored by the policy as it is now
-            ...                                                     the method's loss, and its backward()
+    rollout = trainer.verify(trainer.sample())                                prompts -> completions -> rewards
+    ...                                                                       the method: rewards -> advantages A
+    for minibatch in trainer.minibatches(rollout, reduction, skip_zero=A):    one optimizer step on each
+        for batch in minibatch:                                               taking a micro-batch runs the model on it
+            ...                                                               the method's loss, and its backward()
         trainer.optimizer_step()
 
 The update is cut into pieces in this order:
@@ -19,11 +19,12 @@ divided by counts of its whole minibatch.
 """
 
 import functools
+import itertools
 import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,20 +33,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import common
 from common import Rollout, concatenate
-from harness import cuda_graphs, distributed, lora, rewards
+from harness import cuda_graphs, decoder, distributed, lora, rewards
 from harness.model import load_policy, new_optimizer, stop_ids
 from harness.options import RunConfig
 
 
 @dataclass
-class Batch:
-    """A micro-batch: b rows of the rollout with what a loss needs. Row i of it is row `rows[i]` of the rollout."""
+class MicroBatch:
+    """b rows of the rollout with what a loss needs. Row i of it is row `rows[i]` of the rollout."""
 
     rows: Tensor  # [b]
     mask: Tensor  # [b, T]
     logprobs: Tensor  # [b, T] of the policy as it is now, with gradient
-    old_logprobs: Tensor  # [b, T] of the policy that sampled; with one minibatch the same numbers as logprobs
-    sampled_logprobs: Tensor  # [b, T] the same, as the sampler computed them
+    old_logprobs: Tensor  # [b, T] of the policy that sampled, without gradient
     loss_weights: Tensor  # [b, T] sum(loss * loss_weights) over the whole minibatch is the mean that --reduction names
 
 
@@ -53,90 +53,113 @@ class Batch:
 
 
 @dataclass
-class PlannedBatch:
-    """Rows of the rollout that are scored together. Their log-probs are those of scored_rows[place]."""
+class Plan:
+    """A micro-batch before the model runs on it. The log-probs of `rows` are those of scored_rows[unique_index]."""
 
     scored_rows: Tensor  # [u] rows with different completions
     rows: Tensor  # [b] all rows that have one of these completions
-    place: Tensor  # [b] the place of each row's completion in scored_rows
+    unique_index: Tensor  # [b] for each of `rows`, which of scored_rows has its completion
 
 
 def unique_completions(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows with different completions, one for each: representatives [u], and for each of rows [n] the place of its
+    """Rows with different completions, one for each: representatives [u], and for each of rows [n] the index of its
     completion among them [n].
 
     Equal completions of one prompt have equal log-probs, so scoring one of them is enough. They are common where the
     policy is sure. To do without this, return rows and torch.arange(len(rows)).
 
-    Example: rows 7, 8 and 9 of one prompt read "5", "4" and "5" -> representatives [8, 7], places [1, 0, 1].
+    Example: rows 7, 8 and 9 of one prompt read "5", "4" and "5" -> representatives [8, 7], indices [1, 0, 1].
     """
     tokens = torch.where(rollout.mask[rows] > 0, rollout.completion_ids[rows], -1)  # [n, T] padding must not count
     keys = torch.cat([rollout.group[rows, None], tokens], 1)  # [n, 1 + T]
-    _, place = keys.unique(dim=0, return_inverse=True)  # sorted by prompt, then by tokens
-    n_unique = int(place.max()) + 1
+    _, unique_index = keys.unique(dim=0, return_inverse=True)  # sorted by prompt, then by tokens
+    n_unique = int(unique_index.max()) + 1
     index = torch.arange(len(rows), device=rows.device)
-    first = torch.full((n_unique,), len(rows), device=rows.device).scatter_reduce(0, place, index, "amin")  # [u]
-    return rows[first], place
+    first = torch.full((n_unique,), len(rows), device=rows.device).scatter_reduce(0, unique_index, index, "amin")  # [u]
+    return rows[first], unique_index
 
 
-def deal(lengths: Tensor, n_processes: int) -> list[Tensor]:
-    """Deals rows to processes like cards, the longest first, so that each gets long and short ones. lengths [n], tokens
-    -> the indices of each process's rows, longest first.
+@dataclass
+class Completion:
+    """What the model must run to score a completion."""
 
-    Example: deal([5, 9, 7], 2) -> [[1, 0], [2]]: process 0 gets the rows of 9 and 5 tokens, process 1 that of 7.
+    index: int
+    prompt: int  # completions with the same number share one run of their prompt
+    prompt_tokens: int
+    tokens: int
+
+
+def in_order_of_length(completions: list[Completion]) -> list[Completion]:
+    """The longest first, so that the rows of a micro-batch need little padding. Completions of a prompt stay together,
+    where the longest of them belongs."""
+    longest: dict[int, int] = {}
+    for c in completions:
+        longest[c.prompt] = max(longest.get(c.prompt, 0), c.prompt_tokens + c.tokens)
+    return sorted(completions, key=lambda c: (-longest[c.prompt], c.prompt, -c.tokens))
+
+
+def share_of_process(completions: list[Completion], process: int, n_processes: int) -> list[Completion]:
+    """A stretch of the list for each process, with about the same number of tokens. So most prompts stay in one."""
+    ends = list(itertools.accumulate(c.prompt_tokens + c.tokens for c in completions))
+    return [c for c, end in zip(completions, ends, strict=True) if (end * n_processes - 1) // ends[-1] == process]
+
+
+def cost(completions: list[Completion]) -> int:
+    """Tokens that the model runs on: each prompt once, and each completion, both padded to the longest."""
+    n_prompts = len({c.prompt for c in completions})
+    return n_prompts * max(c.prompt_tokens for c in completions) + len(completions) * max(c.tokens for c in completions)
+
+
+def cut(completions: list[Completion], token_budget: int) -> list[list[Completion]]:
+    """Stretches of the list that cost at most token_budget tokens each, or hold a single completion.
+
+    Example: with a budget of 15, completions of 3, 2 and 2 tokens, the first two of one prompt, each prompt of 9
+    tokens -> the first two (9 + 2 x 3 = 15 tokens), then the third.
     """
-    longest_first = lengths.argsort(descending=True, stable=True)
-    return [longest_first[process::n_processes] for process in range(n_processes)]
+    parts: list[list[Completion]] = []
+    for c in completions:
+        if parts and cost([*parts[-1], c]) <= token_budget:
+            parts[-1].append(c)
+        else:
+            parts.append([c])
+    return parts
 
 
-def microbatches(lengths: Tensor, token_budget: int) -> list[Tensor]:
-    """Cuts rows into micro-batches. Rows are sorted by length, so that there is little padding; each micro-batch takes
-    as many as keep rows x longest within the budget, and at least one. lengths [n], tokens -> indices of each.
-
-    Example: microbatches([4, 9, 5], token_budget=10) -> [[1], [2, 0]]: 1 x 9 tokens, then 2 x 5.
-    """
-    longest_first = lengths.argsort(descending=True, stable=True)
-    sorted_lengths = lengths[longest_first].tolist()
-    batches = []
-    start = 0
-    while start < len(lengths):
-        n_rows = max(1, int(token_budget // sorted_lengths[start]))
-        batches.append(longest_first[start : start + n_rows])
-        start += n_rows
-    return batches
-
-
-def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int) -> list[PlannedBatch]:
-    """This process's micro-batches of these rows."""
+def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int, share_prompts: bool) -> list[Plan]:
+    """This process's micro-batches of these rows. share_prompts: the model runs a prompt once for all its completions
+    in a micro-batch; otherwise it runs prompt and completion of every row."""
     if len(rows) == 0:
         return []
-    representatives, place = unique_completions(rollout, rows)
-    lengths = (rollout.prompt_lengths + rollout.completion_lengths())[representatives]  # [u] tokens
-    mine = deal(lengths, distributed.world_size())[distributed.rank()]
-    plan = []
-    for batch in microbatches(lengths[mine], token_budget):
-        unique_batch = mine[batch]
-        place_in_batch = torch.full_like(representatives, -1)  # [u] -1: not in this batch
-        place_in_batch[unique_batch] = torch.arange(len(unique_batch), device=rows.device)
-        place_of_row = place_in_batch[place]  # [n]
-        in_batch = place_of_row >= 0  # [n]
-        plan.append(PlannedBatch(representatives[unique_batch], rows[in_batch], place_of_row[in_batch]))
-    return plan
+    unique_rows, unique_index = unique_completions(rollout, rows)
+    completions = []
+    groups = rollout.group[unique_rows].tolist()
+    prompt_tokens = rollout.prompt_lengths[unique_rows].tolist()
+    tokens = rollout.completion_lengths()[unique_rows].long().tolist()
+    for index, group in enumerate(groups):
+        prompt = group if share_prompts else index
+        completions.append(Completion(index, prompt, prompt_tokens[index], tokens[index]))
+    mine = share_of_process(in_order_of_length(completions), distributed.rank(), distributed.world_size())
+
+    plans = []
+    for part in cut(mine, token_budget):
+        indices = torch.tensor([c.index for c in part], device=rows.device)  # [u] of the part's completions
+        index_in_part = torch.full_like(unique_rows, -1)  # -1: not in this part
+        index_in_part[indices] = torch.arange(len(part), device=rows.device)
+        index_of_row = index_in_part[unique_index]  # [n]
+        in_part = index_of_row >= 0
+        plans.append(Plan(unique_rows[indices], rows[in_part], index_of_row[in_part]))
+    return plans
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Sums:
-    """Sums over the tokens of one minibatch, or of all minibatches of a step, from which metrics are computed."""
+class Mean:
+    """A mean that is not divided yet."""
 
-    values: dict[str, float] = field(default_factory=dict)  # by the name of the metric
-    tokens: float = 0.0
-    scored_tokens: float = 0.0  # in rows that have a gradient
-
-    def add(self, name: str, value: float) -> None:
-        self.values[name] = self.values.get(name, 0.0) + value
+    sum: float = 0.0
+    count: float = 0.0
 
 
 @functools.lru_cache(maxsize=2)
@@ -148,16 +171,16 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 class Trainer:
     """A model in training, and one step after the other. It writes no files.
 
-    problems: {"question", "answer", "row", "prompt_ids"}, to train on. source: the checkpoint that the run started
+    problems: {"question", "answer", "row", "prompt_ids"}, to train on. base_name: the checkpoint that the run started
     from; the KL is measured to it.
     """
 
-    def __init__(self, cfg: RunConfig, model, tokenizer, problems: list[dict], source: str):
+    def __init__(self, cfg: RunConfig, model, tokenizer, problems: list[dict], base_name: str):
         self.cfg = cfg
         self.model = model
         self.tokenizer = tokenizer
         self.problems = problems
-        self.source = source
+        self.base_name = base_name
         self.device: torch.device = model.device
         self.eos_ids = stop_ids(model, tokenizer)
         self.grade = rewards.load(cfg.reward)
@@ -169,10 +192,14 @@ class Trainer:
         self.n_tokens_sampled = 0  # of completions
         self.bad_steps = 0  # steps in a row in which an optimizer step was skipped
         self.seconds: dict[str, float] = {}  # of each phase of this step
-        self.minibatch_sums = Sums()
-        self.step_sums = Sums()
+        self.update_start = 0.0  # when this step's update began
+        self.sampled_logprobs = torch.zeros(0)  # [B, T] of this step's rollout
+        self.n_tokens = 0.0  # of this minibatch
+        self.n_scored_tokens = 0.0  # of this minibatch: in rows that have a gradient
+        self.minibatch_sums: dict[str, Mean] = {}  # of each metric
+        self.step_sums: dict[str, Mean] = {}  # of each metric, without minibatches that were skipped
         self.grad_norms: list[float] = []  # of the optimizer steps of this step that were not skipped
-        self.update_metrics: dict[str, float] = {}  # of this step
+        self.n_skipped = 0  # optimizer steps of this step that were skipped
 
     def start_schedule(self, optimizer_steps_done: int) -> None:
         """The learning rate rises to --lr over the first --warmup-steps optimizer steps of the run."""
@@ -190,9 +217,9 @@ class Trainer:
         cfg = self.cfg
         problems = []
         for position in range(self.n_prompts_drawn, self.n_prompts_drawn + cfg.n_prompts):
-            epoch, place = divmod(position, len(self.problems))
+            epoch, position_in_epoch = divmod(position, len(self.problems))
             order = epoch_order(len(self.problems), cfg.seed, epoch)
-            problems.append(self.problems[order[place]])
+            problems.append(self.problems[order[position_in_epoch]])
         self.n_prompts_drawn += cfg.n_prompts
         uniforms = torch.rand(cfg.n_prompts * cfg.group_size, cfg.max_new_tokens, generator=self.sampling_rng)
         rollout = self.generate(problems, cfg.group_size, uniforms)
@@ -251,123 +278,131 @@ class Trainer:
     def reference_logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs [B, T] of the completions under the model that the run started from: with LoRA the same model
         without its adapters, else a second model, which is loaded at the first call."""
-        all_rows = torch.arange(len(rollout), device=self.device)
-        plan = plan_microbatches(rollout, all_rows, self.cfg.token_budget)
+        plans = self.plan(rollout, torch.arange(len(rollout), device=self.device))
         if self.cfg.lora_rank:
             with lora.adapters_off(self.model):
-                logprobs = self.score(self.model, rollout, plan)
+                logprobs = self.score(self.model, rollout, plans)
         else:
             if self.reference_model is None:
-                model, _ = load_policy(self.cfg, self.source, self.device)
+                model, _ = load_policy(self.cfg, self.base_name, self.device)
                 self.reference_model = model.requires_grad_(False)
-            logprobs = self.score(self.reference_model, rollout, plan)
+            logprobs = self.score(self.reference_model, rollout, plans)
         distributed.all_reduce(logprobs)  # one process has scored a row, the others have zeros there
         return logprobs
 
+    def plan(self, rollout: Rollout, rows: Tensor) -> list[Plan]:
+        """This process's micro-batches of these rows."""
+        return plan_microbatches(rollout, rows, self.cfg.token_budget, decoder.shares_prompts(self.model))
+
     @torch.no_grad()
-    def score(self, model, rollout: Rollout, plan: list[PlannedBatch]) -> Tensor:
+    def score(self, model, rollout: Rollout, plans: list[Plan]) -> Tensor:
         """Log-probs of the rows in these micro-batches, 0 for other rows: [B, T], without gradient."""
         logprobs = torch.zeros_like(rollout.mask)
-        for planned in plan:
-            logprobs[planned.rows] = self.score_batch(model, rollout, planned)
+        for plan in plans:
+            logprobs[plan.rows] = self.logprobs_of(model, rollout, plan)
         return logprobs
 
-    def score_batch(self, model, rollout: Rollout, planned: PlannedBatch) -> Tensor:
+    def logprobs_of(self, model, rollout: Rollout, plan: Plan) -> Tensor:
         """Log-probs of the rows of one micro-batch. [b, T]"""
-        u = planned.scored_rows
-        with common.autocast(self.device):
+        u = plan.scored_rows
+        with decoder.autocast(self.device):
             logprobs, _ = common.token_logprobs(
                 model, rollout.prompt_ids[u], rollout.prompt_lengths[u], rollout.completion_ids[u], rollout.mask[u],
-                self.cfg.temperature,
+                self.cfg.temperature, group=rollout.group[u],
             )  # fmt: skip
-        return logprobs[planned.place]
+        return logprobs[plan.unique_index]
 
-    def minibatches(self, rollout: Rollout, reduction: str, active: Tensor | None = None) -> Iterator[Iterator[Batch]]:
-        """Yields the parts of a step's update, --minibatches of them, for one optimizer step each; each part yields its
-        micro-batches. The caller calls backward() for every micro-batch, and then optimizer_step() for the part.
+    def minibatches(
+        self, rollout: Rollout, reduction: str, skip_zero: Tensor | None = None
+    ) -> Iterator[Iterator[MicroBatch]]:
+        """Yields the minibatches of a step's update, --minibatches of them, for one optimizer step each; each yields
+        its micro-batches. The caller calls backward() for every micro-batch, then optimizer_step() for the minibatch.
 
-        reduction: see common.loss_weights. active: [B] or [B, T], such as the advantages: zero where there is no
-        gradient. A row of zeros is not scored, but its tokens count in the mean. None: every row has a gradient.
+        reduction: see common.loss_weights. skip_zero: [B] or [B, T], such as the advantages. A row of zeros has no
+        gradient, so it is not scored, but its tokens count in the mean. None: every row is scored.
         """
-        start = time.perf_counter()
+        self.update_start = time.perf_counter()
+        self.sampled_logprobs = rollout.logprobs
+        self.step_sums = {}
+        self.grad_norms = []
+        self.n_skipped = 0
         all_rows = torch.arange(len(rollout), device=self.device)
-        has_gradient = torch.ones_like(all_rows, dtype=torch.bool)  # [B]
-        if active is not None:
-            has_gradient = active.ne(0) if active.dim() == 1 else active.ne(0).any(1)
-        parts = [rows for rows in all_rows.tensor_split(self.cfg.minibatches) if len(rows)]
-        plans = [plan_microbatches(rollout, rows[has_gradient[rows]], self.cfg.token_budget) for rows in parts]
-        old_logprobs = None  # [B, T]
-        if len(parts) > 1:  # later parts meet a policy that has moved; score them now, cut into the same micro-batches
-            old_logprobs = self.score(self.model, rollout, [batch for plan in plans for batch in plan])
+        is_scored = torch.ones_like(all_rows, dtype=torch.bool)  # [B]
+        if skip_zero is not None:
+            is_scored = skip_zero.ne(0) if skip_zero.dim() == 1 else skip_zero.ne(0).any(1)
+        minibatches = [rows for rows in all_rows.tensor_split(self.cfg.minibatches) if len(rows)]
+        plans = [self.plan(rollout, rows[is_scored[rows]]) for rows in minibatches]
+        # The policy that sampled is the policy as it is now, until the first optimizer step. Rows of the first
+        # minibatch get their old log-probs when they are scored with gradients. All later rows are scored here.
+        later_plans = [plan for plans_of_minibatch in plans[1:] for plan in plans_of_minibatch]
+        old_logprobs = self.score(self.model, rollout, later_plans)  # [B, T]
 
         self.model.train()
-        self.step_sums = Sums()
-        self.grad_norms = []
-        for rows, plan in zip(parts, plans, strict=True):
-            n_tokens = float(rollout.mask[rows].sum())
-            n_scored_tokens = float(rollout.mask[rows[has_gradient[rows]]].sum())
-            self.minibatch_sums = Sums(tokens=n_tokens, scored_tokens=n_scored_tokens)
-            weights = torch.zeros_like(rollout.mask)  # [B, T]
-            weights[rows] = common.loss_weights(rollout.mask[rows], reduction)
-            yield self.batches(rollout, plan, weights, old_logprobs)
-        self.update_metrics = self.metrics_of_update(len(parts))
-        self.bad_steps = self.bad_steps + 1 if self.update_metrics["skipped_updates"] else 0
-        self.add_seconds("update", start)
+        for i, rows in enumerate(minibatches):
+            loss_weights = torch.zeros_like(rollout.mask)  # [B, T]
+            loss_weights[rows] = common.loss_weights(rollout.mask[rows], reduction)
+            self.n_tokens = float(rollout.mask[rows].sum())
+            self.n_scored_tokens = float(rollout.mask[rows[is_scored[rows]]].sum())
+            self.minibatch_sums = {}
+            yield self.microbatches(rollout, plans[i], loss_weights, None if i == 0 else old_logprobs)
 
-    def batches(
-        self, rollout: Rollout, plan: list[PlannedBatch], loss_weights: Tensor, old_logprobs: Tensor | None
-    ) -> Iterator[Batch]:
-        """Scores one micro-batch after the other and yields it. old_logprobs None: the policy has not moved yet."""
-        for planned in plan:
-            rows = planned.rows
-            logprobs = self.score_batch(self.model, rollout, planned)
+    def microbatches(
+        self, rollout: Rollout, plans: list[Plan], loss_weights: Tensor, old_logprobs: Tensor | None
+    ) -> Iterator[MicroBatch]:
+        """Runs the model on one micro-batch after the other, and yields it. old_logprobs None: the policy has not moved
+        yet, so the old log-probs are the new ones."""
+        for plan in plans:
+            rows = plan.rows
+            logprobs = self.logprobs_of(self.model, rollout, plan)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[rows]
-            yield Batch(rows, rollout.mask[rows], logprobs, old, rollout.logprobs[rows], loss_weights[rows])
+            yield MicroBatch(rows, rollout.mask[rows], logprobs, old, loss_weights[rows])
 
-    def record(self, batch: Batch, loss: Tensor, **metrics: Tensor) -> None:
+    def record(self, batch: MicroBatch, loss: Tensor, **metrics: Tensor) -> None:
         """Adds a micro-batch to the step's metrics: the loss of each token, [b, T], and tensors [b, T] or [b, 1]
         whose mean over all tokens is logged."""
-        gap = (batch.old_logprobs - batch.sampled_logprobs).abs()
-        values = {"sampling_logp_difference": gap, **metrics}
-        sums = {name: (value.detach() * batch.mask).sum() for name, value in values.items()}
-        sums["loss"] = (loss.detach() * batch.loss_weights).sum()
+        gap = (batch.old_logprobs - self.sampled_logprobs[batch.rows]).abs()  # [b, T] two ways to compute the same
+        counts = {"loss": 1.0, "sampling_logp_difference": self.n_scored_tokens}
+        sums = {
+            "loss": (loss.detach() * batch.loss_weights).sum(),
+            "sampling_logp_difference": (gap * batch.mask).sum(),
+        }
+        for name, value in metrics.items():
+            counts[name] = self.n_tokens
+            sums[name] = (value.detach() * batch.mask).sum()
         numbers = torch.stack(list(sums.values())).tolist()  # one wait for the GPU, not one for each
         for name, number in zip(sums, numbers, strict=True):
-            self.minibatch_sums.add(name, number)
+            self.minibatch_sums.setdefault(name, Mean(count=counts[name])).sum += number
 
     def optimizer_step(self) -> None:
         """Steps on the gradient of the minibatch, after clipping its norm. If loss or gradient is not finite, it skips
         the step, and leaves the minibatch out of the metrics: the weights are still good."""
-        values = distributed.sum_by_name(self.minibatch_sums.values)
+        totals: dict[str, Mean] = {}
+        for sums in distributed.all_gather(self.minibatch_sums):  # a process without rows has none
+            for name, part in sums.items():
+                totals.setdefault(name, Mean(count=part.count)).sum += part.sum
         distributed.all_reduce_gradients(self.model)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-        norm = float(grad_norm)
-        if math.isfinite(norm) and math.isfinite(values.get("loss", 0.0)):
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm))
+        loss = totals["loss"].sum if totals else 0.0  # without a row that has a gradient there is no loss
+        if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
             self.scheduler.step()
             self.grad_norms.append(norm)
-            self.step_sums.tokens += self.minibatch_sums.tokens
-            self.step_sums.scored_tokens += self.minibatch_sums.scored_tokens
-            for name, value in values.items():
-                self.step_sums.add(name, value)
+            for name, total in totals.items():
+                mean = self.step_sums.setdefault(name, Mean())
+                mean.sum += total.sum
+                mean.count += total.count
+        else:
+            self.n_skipped += 1
         self.optimizer.zero_grad(set_to_none=True)  # sampling does not need this memory
 
-    def metrics_of_update(self, n_minibatches: int) -> dict[str, float]:
-        """The metrics of this step's update, without the optimizer steps that were skipped."""
-        n_steps = len(self.grad_norms)
-        means = {}
-        for name, value in self.step_sums.values.items():
-            if name == "loss":
-                means[name] = value / n_steps
-            elif name == "sampling_logp_difference":
-                means[name] = value / max(1.0, self.step_sums.scored_tokens)
-            else:
-                means[name] = value / max(1.0, self.step_sums.tokens)
+    def metrics_of_update(self) -> dict[str, float]:
+        """The metrics of a step's update, without the optimizer steps that were skipped."""
+        means = {name: mean.sum / max(1.0, mean.count) for name, mean in self.step_sums.items()}
         return {
             "loss": 0.0,  # if no row had a gradient
             **means,
-            "skipped_updates": n_minibatches - n_steps,
-            "grad_norm": sum(self.grad_norms) / max(1, n_steps),
+            "skipped_updates": self.n_skipped,
+            "grad_norm": sum(self.grad_norms) / max(1, len(self.grad_norms)),
             "lr": float(self.scheduler.get_last_lr()[0]),
         }
 

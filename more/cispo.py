@@ -1,6 +1,6 @@
 """CISPO, Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585).
 
-    python -m more.cispo                            the tiny model and task: about a minute on a laptop, no network
+    python -m more.cispo                            the tiny model and task: about a minute, no network
     python -m more.cispo --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python -m more.cispo --help
 
@@ -30,23 +30,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
 @dataclass
 class Config(RunConfig):
     minibatches: int = option(4, "optimizer steps per rollout, each on its part of the rows", at_least=1)
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = option("grpo", "baseline and scale of the advantage")
     clip_high: float = option(4.0, "a token's weight is at most 1 + clip_high", above=0)
     reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
-def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
+def advantages(rewards: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     """Group-relative advantages. rewards [B] float, group [B] (any integers; rows of a prompt share one) -> [B].
 
-    kind: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards are
-    all equal gets exactly 0. ValueError for another kind.
+    (r - mean) / (std + eps). A group whose rewards are all equal gets exactly 0.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
@@ -54,14 +52,7 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
         r = rewards[rows]
         if r.max() > r.min():
             centred = r - r.mean()
-            if kind == "grpo":
-                result[rows] = centred * (1 / (r.std(correction=0) + eps))
-            elif kind == "dr_grpo":
-                result[rows] = centred
-            elif kind == "rloo":
-                result[rows] = centred * (len(r) / (len(r) - 1))  # equals r - mean of the others
-            else:
-                raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
+            result[rows] = centred / (r.std(correction=0) + eps)
     return result
 
 
@@ -73,7 +64,7 @@ def token_advantages(
 
     rewards, group: [B]; entropy (nats), mask: [B, T]. Every method has this function. CISPO does not use entropy.
     """
-    return advantages(rewards, group, advantage)[:, None] * mask
+    return advantages(rewards, group)[:, None] * mask
 
 
 def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, logprobs: Tensor, clip_high: float = 4.0) -> Tensor:
@@ -89,14 +80,13 @@ def loss(ratio: Tensor, advantages: Tensor, mask: Tensor, logprobs: Tensor, clip
 def main() -> None:
     cfg = parse(Config, __doc__)
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
-            rollout = run.verify(run.sample())
-            A = token_advantages(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                advantage=cfg.advantage,
-            )  # [B, T]  # fmt: skip
-            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero=A):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, batch.logprobs, cfg.clip_high)  # [b, T]
                     metrics = {"clip_ratio/high": (ratio > 1 + cfg.clip_high).float()}  # [b, T] they keep a gradient

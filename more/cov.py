@@ -1,7 +1,7 @@
 """Clip-Cov and KL-Cov (The Entropy Mechanism of RL for Reasoning Language Models, arXiv 2505.22617).
 
-    python -m more.cov --kind clip                  the tiny model and task: about a minute on a laptop, no network
-    python -m more.cov --kind kl --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
+    python -m more.cov --variant clip                  the tiny model and task: about a minute, no network
+    python -m more.cov --variant kl --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python -m more.cov --help
 
 An update lowers the entropy of the policy by about the covariance of log-probs and advantages, and a few tokens make
@@ -10,10 +10,10 @@ up most of it. These are kept from moving as far as the others.
     cov_it = (log pi_old(o_it) - mean(log pi_old)) (A_i - mean(A))         both means over all tokens of the step
     w_it   = pi(o_it) / pi_old(o_it)
 
-    --kind clip: of the tokens with lower < cov < upper, a random choice, the share k of all tokens, has no gradient
+    --variant clip: of the tokens with lower < cov < upper, a random choice, the share k of all tokens, has no gradient
     J = 1/sum_i |o_i| sum over the other tokens of min(w_it A_i, clip(w_it, 1-eps_low, 1+eps_high) A_i)
 
-    --kind kl: the share k of the tokens with the highest cov has a penalty for leaving the policy that sampled
+    --variant kl: the share k of the tokens with the highest cov has a penalty for leaving the policy that sampled
     J = 1/sum_i |o_i| sum_i sum_t [ w_it A_i - beta |log w_it| if chosen ]
 
 A log-prob is at most 0, so it can be far below the mean but not far above it. A high covariance therefore belongs to
@@ -40,29 +40,27 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
 @dataclass
 class Config(RunConfig):
     minibatches: int = option(4, "optimizer steps per rollout, each on its part of the rows", at_least=1)
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = option("grpo", "baseline and scale of the advantage")
-    kind: Literal["clip", "kl"] = option("clip", "Clip-Cov or KL-Cov")
+    variant: Literal["clip", "kl"] = option("clip", "Clip-Cov or KL-Cov")
     share: float = option(2e-4, "k, the share of all tokens that is chosen", above=0, at_most=1)
-    lower: float = option(1.0, "--kind clip: smallest covariance of a token that may be chosen")
-    upper: float = option(5.0, "--kind clip: largest covariance of a token that may be chosen")
-    penalty: float = option(1.0, "--kind kl: beta, the weight of the penalty", at_least=0)
-    clip_low: float = option(1.0, "--kind clip: the ratio is clipped at 1 - clip_low", above=0)
-    clip_high: float = option(1.0, "--kind clip: the ratio is clipped at 1 + clip_high", above=0)
+    lower: float = option(1.0, "--variant clip: smallest covariance of a token that may be chosen")
+    upper: float = option(5.0, "--variant clip: largest covariance of a token that may be chosen")
+    penalty: float = option(1.0, "--variant kl: beta, the weight of the penalty", at_least=0)
+    clip_low: float = option(1.0, "--variant clip: the ratio is clipped at 1 - clip_low", above=0)
+    clip_high: float = option(1.0, "--variant clip: the ratio is clipped at 1 + clip_high", above=0)
     reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
-def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
+def advantages(rewards: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     """Group-relative advantages. rewards [B] float, group [B] (any integers; rows of a prompt share one) -> [B].
 
-    kind: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards are
-    all equal gets exactly 0. ValueError for another kind.
+    (r - mean) / (std + eps). A group whose rewards are all equal gets exactly 0.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
@@ -70,14 +68,7 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
         r = rewards[rows]
         if r.max() > r.min():
             centred = r - r.mean()
-            if kind == "grpo":
-                result[rows] = centred * (1 / (r.std(correction=0) + eps))
-            elif kind == "dr_grpo":
-                result[rows] = centred
-            elif kind == "rloo":
-                result[rows] = centred * (len(r) / (len(r) - 1))  # equals r - mean of the others
-            else:
-                raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
+            result[rows] = centred / (r.std(correction=0) + eps)
     return result
 
 
@@ -89,24 +80,24 @@ def token_advantages(
 
     rewards, group: [B]; entropy (nats), mask: [B, T]. Every method has this function. These do not use entropy.
     """
-    return advantages(rewards, group, advantage)[:, None] * mask
+    return advantages(rewards, group)[:, None] * mask
 
 
 def chosen_tokens(
     advantages: Tensor, logprobs: Tensor, uniforms: Tensor,
-    kind: str = "clip", share: float = 2e-4, lower: float = 1.0, upper: float = 5.0,
+    variant: str = "clip", share: float = 2e-4, lower: float = 1.0, upper: float = 5.0,
 ) -> Tensor:  # fmt: skip
     """The tokens that are kept from moving: bool [B, T]. Those with advantage 0, such as padding, are never among them.
 
     advantages, logprobs (of the policy that sampled): [B, T] of the whole step; uniforms: [B, T] random numbers, which
-    decide the choice of Clip-Cov. KeyError for another kind than "clip" and "kl".
+    decide the choice of Clip-Cov. KeyError for another variant than "clip" and "kl".
     """
     candidates = advantages != 0
     n_tokens = max(1, int(candidates.sum()))
     cov = (logprobs - (logprobs * candidates).sum() / n_tokens) * (advantages - advantages.sum() / n_tokens)  # [B, T]
-    if kind == "clip":
+    if variant == "clip":
         candidates = candidates & (cov > lower) & (cov < upper)
-    score = torch.where(candidates, {"clip": uniforms, "kl": cov}[kind], -torch.inf)
+    score = torch.where(candidates, {"clip": uniforms, "kl": cov}[variant], -torch.inf)
     highest_first = score.flatten().sort(descending=True, stable=True).indices
     chosen = torch.zeros(candidates.shape, dtype=torch.bool, device=candidates.device)
     chosen.view(-1)[highest_first[: max(1, int(share * n_tokens))]] = True
@@ -114,7 +105,7 @@ def chosen_tokens(
 
 
 def loss(
-    ratio: Tensor, advantages: Tensor, mask: Tensor, chosen: Tensor, kind: str = "clip",
+    ratio: Tensor, advantages: Tensor, mask: Tensor, chosen: Tensor, variant: str = "clip",
     clip_low: float = 1.0, clip_high: float = 1.0, penalty: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """The negated objective of every token, before the mean is taken: [B, T], 0 where mask is 0.
@@ -122,7 +113,7 @@ def loss(
     ratio, chosen: [B, T]; advantages: [B] or [B, T]; mask: [B, T]. Gradients flow through ratio.
     """
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    if kind == "clip":
+    if variant == "clip":
         objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A) * ~chosen
     else:
         objective = ratio * A - penalty * torch.where(chosen, ratio, 1.0).log().abs()
@@ -133,22 +124,23 @@ def main() -> None:
     cfg = parse(Config, __doc__)
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
-            rollout = run.verify(run.sample())
-            A = token_advantages(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                advantage=cfg.advantage,
-            )  # [B, T]  # fmt: skip
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
             uniforms = torch.rand(A.shape, generator=run.sampling_rng).to(A.device)  # [B, T] the same in all processes
-            chosen = chosen_tokens(A, rollout.logprobs, uniforms, cfg.kind, cfg.share, cfg.lower, cfg.upper)  # [B, T]
-            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
+            chosen = chosen_tokens(
+                A, rollout.logprobs, uniforms, cfg.variant, cfg.share, cfg.lower, cfg.upper
+            )  # [B, T]
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero=A):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(
-                        ratio, A[batch.rows], batch.mask, chosen[batch.rows], cfg.kind, **clip, penalty=cfg.penalty
+                        ratio, A[batch.rows], batch.mask, chosen[batch.rows], cfg.variant, **clip, penalty=cfg.penalty
                     )  # [b, T]
                     metrics = {"chosen": chosen[batch.rows].float()}  # [b, T]
-                    if cfg.kind == "clip":
+                    if cfg.variant == "clip":
                         metrics |= clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]
                     (per_token * batch.loss_weights).sum().backward()  # loss_weights turn this sum into the mean
                     run.record(batch, per_token, **metrics)

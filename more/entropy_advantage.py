@@ -1,6 +1,6 @@
 """Entropy-based advantage shaping (Reasoning with Exploration, arXiv 2506.14758).
 
-    python -m more.entropy_advantage                the tiny model and task: about a minute on a laptop, no network
+    python -m more.entropy_advantage                the tiny model and task: about a minute, no network
     python -m more.entropy_advantage --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python -m more.entropy_advantage --help
 
@@ -31,13 +31,12 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
 @dataclass
 class Config(RunConfig):
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = option("grpo", "baseline and scale of the advantage")
     alpha: float = option(0.4, "factor of the entropy", at_least=0)
     kappa: float = option(2.0, "the entropy term is at most |A| / kappa", above=0)
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
@@ -45,11 +44,10 @@ class Config(RunConfig):
     reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
-def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
+def advantages(rewards: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     """Group-relative advantages. rewards [B] float, group [B] (any integers; rows of a prompt share one) -> [B].
 
-    kind: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards are
-    all equal gets exactly 0. ValueError for another kind.
+    (r - mean) / (std + eps). A group whose rewards are all equal gets exactly 0.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
@@ -57,14 +55,7 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
         r = rewards[rows]
         if r.max() > r.min():
             centred = r - r.mean()
-            if kind == "grpo":
-                result[rows] = centred * (1 / (r.std(correction=0) + eps))
-            elif kind == "dr_grpo":
-                result[rows] = centred
-            elif kind == "rloo":
-                result[rows] = centred * (len(r) / (len(r) - 1))  # equals r - mean of the others
-            else:
-                raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
+            result[rows] = centred / (r.std(correction=0) + eps)
     return result
 
 
@@ -76,7 +67,7 @@ def token_advantages(
 
     rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config. Carries no gradient.
     """
-    A = advantages(rewards, group, advantage)[:, None]  # [B, 1]
+    A = advantages(rewards, group)[:, None]  # [B, 1]
     shaped = A + torch.min(alpha * entropy.detach(), A.abs() / kappa)  # [B, T]
     return torch.where(mask > 0, shaped, 0.0)  # padding may hold NaN
 
@@ -95,14 +86,13 @@ def main() -> None:
     cfg = parse(Config, __doc__)
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
-            rollout = run.verify(run.sample())
-            A = token_advantages(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                advantage=cfg.advantage, alpha=cfg.alpha, kappa=cfg.kappa,
-            )  # [B, T]  # fmt: skip
-            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero=A):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]

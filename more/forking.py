@@ -1,6 +1,6 @@
 """The 80/20 rule: only forking tokens learn (arXiv 2506.01939). A baseline of the GTPO paper, on top of DAPO.
 
-    python -m more.forking                          the tiny model and task: about a minute on a laptop, no network
+    python -m more.forking                          the tiny model and task: about a minute, no network
     python -m more.forking --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python -m more.forking --help
 
@@ -30,25 +30,23 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
 @dataclass
 class Config(RunConfig):
     minibatches: int = option(4, "optimizer steps per rollout, each on its part of the rows", at_least=1)
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = option("grpo", "baseline and scale of the advantage")
     rho: float = option(0.2, "share of the tokens that get a gradient: the most uncertain", above=0, at_most=1)
     clip_low: float = option(0.2, "the ratio is clipped at 1 - clip_low", above=0)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + clip_high", above=0)
     reduction: Literal["sequence", "token", "constant"] = option("token", "how the loss is averaged")
 
 
-def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
+def advantages(rewards: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     """Group-relative advantages. rewards [B] float, group [B] (any integers; rows of a prompt share one) -> [B].
 
-    kind: "grpo" (r - mean) / (std + eps); "dr_grpo" r - mean; "rloo" r - mean of the others. A group whose rewards are
-    all equal gets exactly 0. ValueError for another kind.
+    (r - mean) / (std + eps). A group whose rewards are all equal gets exactly 0.
     """
     result = torch.zeros_like(rewards)
     for g in group.unique():
@@ -56,14 +54,7 @@ def advantages(rewards: Tensor, group: Tensor, kind: str = "grpo", eps: float = 
         r = rewards[rows]
         if r.max() > r.min():
             centred = r - r.mean()
-            if kind == "grpo":
-                result[rows] = centred * (1 / (r.std(correction=0) + eps))
-            elif kind == "dr_grpo":
-                result[rows] = centred
-            elif kind == "rloo":
-                result[rows] = centred * (len(r) / (len(r) - 1))  # equals r - mean of the others
-            else:
-                raise ValueError(f"kind must be 'grpo', 'dr_grpo' or 'rloo', not {kind!r}")
+            result[rows] = centred / (r.std(correction=0) + eps)
     return result
 
 
@@ -89,7 +80,7 @@ def token_advantages(
 
     rewards, group: [B]; entropy (nats), mask: [B, T]; the options are those of Config. Divide the loss by all tokens.
     """
-    A = advantages(rewards, group, advantage)[:, None] * mask  # [B, T]
+    A = advantages(rewards, group)[:, None] * mask  # [B, T]
     return A * forking_tokens(entropy, A, rho)  # A is 0 in padding and in groups whose rewards are equal
 
 
@@ -107,14 +98,13 @@ def main() -> None:
     cfg = parse(Config, __doc__)
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
-            rollout = run.verify(run.sample())
-            A = token_advantages(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                advantage=cfg.advantage, rho=cfg.rho,
-            )  # [B, T]  # fmt: skip
-            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero=A):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]

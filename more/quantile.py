@@ -1,6 +1,6 @@
 """QAE, Quantile Advantage Estimation (arXiv 2509.22611).
 
-    python -m more.quantile                         the tiny model and task: about a minute on a laptop, no network
+    python -m more.quantile                         the tiny model and task: about a minute, no network
     python -m more.quantile --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k
     python -m more.quantile --help
 
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from common import clip_fractions
-from harness.options import RunConfig, option, parse
+from harness.options import RunConfig, keywords, option, parse
 from harness.run import Run
 
 
@@ -61,7 +61,7 @@ def advantages(rewards: Tensor, group: Tensor, quantile: float = 0.4, eps: float
         if r.max() > r.min():
             share_up_to = (r <= r[:, None]).to(r.dtype).mean(1)  # [G] F(r_i)
             baseline = r[share_up_to >= quantile].min()
-            result[rows] = (r - baseline) * (1 / (r.std(correction=0) + eps))
+            result[rows] = (r - baseline) / (r.std(correction=0) + eps)
     return result
 
 
@@ -90,14 +90,13 @@ def main() -> None:
     cfg = parse(Config, __doc__)
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
-            rollout = run.verify(run.sample())
-            A = token_advantages(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                quantile=cfg.quantile,
-            )  # [B, T]  # fmt: skip
-            for minibatch in run.minibatches(rollout, cfg.reduction, active=A):  # an optimizer step on each
-                for batch in minibatch:  # b rows, scored by the policy as it is now
+            rollout = run.verify(run.sample())  # prompts -> completions -> rewards
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero=A):  # an optimizer step on each
+                for batch in minibatch:  # a micro-batch of b rows; taking the next one runs the model on it
+                    # In the first minibatch the policy has not moved: the ratio is 1, and the clip does nothing.
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]
                     metrics = clip_fractions(ratio, A[batch.rows], **clip)  # two [b, T]

@@ -13,7 +13,7 @@ from harness import tiny
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """Folder of the toy base. mutate.py names one, so that it is built once for all its sessions."""
+    """Folder of the toy base. TOY_BASE can name one, so that several sessions build it once."""
     folder = Path(os.environ.get("TOY_BASE") or tmp_path_factory.mktemp("toy") / "base")
     return tiny.base(folder, dict(steps=150, guess=0.5, min_terms=2, max_terms=2))
 

@@ -1,41 +1,43 @@
-"""The experiments: which cells run, what they give, and what the tables say about them."""
+"""The experiments: which runs they take, what these give, and what the tables say about them."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, script
+import torch
+from helpers import ROOT, call
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import cells
 import compare
+import data_files
+import plan
 import tables
+import training_runs
 
 from harness import tiny
 
 
 @pytest.fixture()
 def work(toy, tmp_path, monkeypatch):
-    """A work folder in which a cell takes a few seconds: the toy base, chains of two terms, two short steps."""
+    """A work folder in which a run takes a second: the toy base, chains of two terms, two short steps."""
     recipe = json.loads((toy / "manifest.json").read_text())["recipe"]
     recipe = {key: value for key, value in recipe.items() if value != tiny.RECIPE[key]}
     small = dict(max_new_tokens=12, eval_k=2, n_prompts=8)
-    monkeypatch.setitem(cells.SETTINGS, "easy", dict(recipe=recipe, terms=(2, 2), options=small))
-    monkeypatch.setattr(cells, "TOKENS", 600)
-    monkeypatch.setattr(cells, "TRAIN_ROWS", 60)  # there are not many more chains of two terms
-    monkeypatch.setattr(cells, "EVAL_ROWS", 8)
-    monkeypatch.setattr(compare, "METHODS", ("grpo", "gtpo"))
-    monkeypatch.setattr(cells, "start", lambda *arguments: ThisProcess(cells.run_cell, arguments))
+    monkeypatch.setitem(training_runs.SETTINGS, "easy", dict(recipe=recipe, terms=(2, 2), options=small))
+    monkeypatch.setattr(training_runs, "TOKENS", 600)
+    monkeypatch.setattr(training_runs, "TRAIN_ROWS", 60)  # there are not many more chains of two terms
+    monkeypatch.setattr(training_runs, "EVAL_ROWS", 8)
+    rows = plan.product(["easy"], ["grpo", "gtpo"], [{}])
+    monkeypatch.setitem(plan.QUESTIONS, "methods", plan.Question(1, rows))
+    monkeypatch.setattr(training_runs, "start", lambda *arguments: ThisProcess(training_runs.execute, arguments))
     shutil.copytree(toy, tmp_path / "work" / "-".join(["base", *(f"{k}={v}" for k, v in recipe.items())]))
     return tmp_path / "work"
 
 
 class ThisProcess:
-    """Runs a cell in this process, so that it sees what a test has changed."""
+    """Runs a run in this process, so that it sees what a test has changed."""
 
     def __init__(self, function, arguments):
         self.exitcode = 0
@@ -67,7 +69,7 @@ def run_folder(path, rewards, entropies):
 
 def test_the_summary_has_the_numbers_of_the_run(tmp_path):
     entropies = [0.5] * 10 + [0.1] * 9 + [0.3]
-    s = cells.summarise(run_folder(tmp_path / "run", [0.5] * 10 + [1.0] * 10, entropies))
+    s = training_runs.summarise(run_folder(tmp_path / "run", [0.5] * 10 + [1.0] * 10, entropies))
     assert (s["steps"], s["tokens"]) == (20, 2000)
     # The mean of 5 steps is 0.8 with 3 of them at 1 and 2 at 0.5: three steps after the tenth.
     assert (s["steps to 0.8"], s["tokens to 0.8"]) == (13, 1300)
@@ -80,19 +82,14 @@ def test_the_summary_has_the_numbers_of_the_run(tmp_path):
 
 
 def test_a_run_that_stays_below_reaches_0_8_never(tmp_path):
-    s = cells.summarise(run_folder(tmp_path / "run", [0.5, 0.9] * 6, [0.1] * 12))
+    s = training_runs.summarise(run_folder(tmp_path / "run", [0.5, 0.9] * 6, [0.1] * 12))
     assert s["steps to 0.8"] is None and s["tokens to 0.8"] is None
     assert tables.first_time([None, None]) == "never"
     assert tables.first_time([20.0, None, 20.0]) == "20 ± 0 (2 of 3 runs)"
 
 
-def test_a_falling_entropy_has_not_rebounded(tmp_path):
-    s = cells.summarise(run_folder(tmp_path / "run", [0.5] * 20, [1 / i for i in range(1, 21)]))
-    assert s["rebound"] < 1
-
-
-def test_the_curve_stands_at_equal_numbers_of_tokens(tmp_path):
-    points = cells.curve(run_folder(tmp_path / "run", [i / 30 for i in range(30)], [0.1] * 30), 3000)
+def test_the_curve_has_points_at_equal_numbers_of_tokens(tmp_path):
+    points = training_runs.curve(run_folder(tmp_path / "run", [i / 30 for i in range(30)], [0.1] * 30), 3000)
     assert [p["tokens"] for p in points] == [100 * i for i in range(1, 31)]
     assert points[0]["reward"] == 0 and points[-1]["length"] == pytest.approx(295)
 
@@ -118,7 +115,7 @@ def test_p_is_two_sided_and_knows_differences_without_spread():
 
 
 def test_a_table_compares_seed_by_seed(tmp_path):
-    summary = cells.summarise(run_folder(tmp_path / "run", [0.5] * 20, [0.1] * 20))
+    summary = training_runs.summarise(run_folder(tmp_path / "run", [0.5] * 20, [0.1] * 20))
     rows = []
     for method, gain in (("grpo", 0.0), ("gtpo", 0.125)):
         for seed in (0, 1, 2):
@@ -144,122 +141,111 @@ def test_the_frontier_is_the_best_pass_at_64_among_points_that_reach_a_level():
     assert "| egsw | 4 | 0.900 | 0.800 | 0.600 | not reached |" in tables.frontier_table(rows, "frontier")
 
 
-@pytest.mark.parametrize("name, markdown", [("results", "tables"), ("quick", "quick")])
-def test_the_committed_tables_say_what_the_committed_csv_says(name, markdown):
-    folder = ROOT / "experiments"
-    quick = name == "quick"
-    evaluations = [] if quick else compare.read_csv(folder / "frontier.csv")
-    costs = [] if quick else compare.read_csv(folder / "cost.csv")
-    expected = tables.report(compare.read_csv(folder / f"{name}.csv"), evaluations, costs)
-    assert (folder / f"{markdown}.md").read_text() == expected
-
-
 @pytest.mark.parametrize("document, section", [("README.md", "Results"), ("experiments/RESULTS.md", None)])
-def test_every_table_of_results_is_quoted_word_for_word(document, section):
+def test_every_table_of_results_is_quoted_from_the_data(document, section):
     text = (ROOT / document).read_text()
     if section:
         text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    sources = [(ROOT / "experiments" / name).read_text().splitlines() for name in ("tables.md", "quick.md")]
-    assert lines and not set(lines) - set(sources[0]) - set(sources[1])
+    quoted = [line for line in text.splitlines() if line.startswith("|")]
+    results, evaluations, costs = (data_files.read_rows(data_files.DATA / f"{name}.csv.gz") for name in
+                                   ("results", "frontier", "cost"))  # fmt: skip
+    assert quoted and not set(quoted) - set(tables.report(results, evaluations, costs).splitlines())
 
 
-def test_rows_survive_the_csv(tmp_path):
+def test_rows_survive_the_file_and_the_same_rows_give_the_same_bytes(tmp_path):
+    path = tmp_path / "rows.csv.gz"
     rows = [dict(question="egsw", variant="", options="--alpha 0.1", seed=0, steps=None, x=0.25),
             dict(question="egsw", variant="a, b", options="", seed=1, steps=3, x=1 / 3)]  # fmt: skip
-    compare.write_csv(tmp_path / "rows.csv", rows)
-    back = compare.read_csv(tmp_path / "rows.csv")
-    assert [{**r, "variant": r["variant"] or "", "options": r["options"] or ""} for r in back] == [
-        rows[0], {**rows[1], "x": 0.333333}]  # fmt: skip
+    data_files.write_rows(path, rows)
+    first = path.read_bytes()
+    assert data_files.read_rows(path) == [rows[0], {**rows[1], "x": 0.333333}]
+    data_files.write_rows(path.with_name("again.csv.gz"), data_files.read_rows(path))
+    assert path.with_name("again.csv.gz").read_bytes() == first
+    assert data_files.read_rows(tmp_path / "none.csv.gz") == [] and len(list(tmp_path.iterdir())) == 2
 
 
-def test_rows_about_the_same_are_replaced_and_stand_in_the_order_of_the_plan(tmp_path):
+def test_rows_about_the_same_are_replaced_and_are_in_the_order_of_the_plan(tmp_path):
     def row(method, seed, x):
         return dict(question="methods", setting="easy", method=method, variant="", seed=seed, x=x)
 
-    path = tmp_path / "rows.csv"
+    path = tmp_path / "rows.csv.gz"
     compare.update(path, [row("gtpo", 0, 1), row("grpo", 1, 2), {**row("grpo", 0, 9), "method": "no such method"}])
     rows = compare.update(path, [row("grpo", 0, 3), row("gtpo", 0, 4), row("gtpo", 0, 5)])
     assert [(r["method"], r["seed"], r["x"]) for r in rows] == [
         ("grpo", 0, 3), ("grpo", 1, 2), ("gtpo", 0, 4), ("gtpo", 0, 5)]  # fmt: skip
 
 
-def test_questions_share_cells_and_every_option_exists():
-    default = cells.new_cell("easy", "egsw", {}, 0)
-    assert cells.new_cell("easy", "egsw", dict(alpha=0.5, weight_temperature=2.0), 0) == default
-    assert cells.new_cell("countdown", "egsw", dict(lr=6e-4), 0) == cells.new_cell("countdown", "egsw", {}, 0)
-    for question in compare.SEEDS:
-        planned = [cells.new_cell(*line, 0) for line in compare.plan(question)]
-        assert planned and len(set(planned)) == len(planned), question
+def test_questions_share_runs_and_every_option_exists():
+    default = training_runs.planned_run("easy", "egsw", {}, 0)
+    assert training_runs.planned_run("easy", "egsw", dict(alpha=0.5, weight_temperature=2.0), 0) == default
+    on_countdown = training_runs.planned_run("countdown", "egsw", {}, 0)
+    assert training_runs.planned_run("countdown", "egsw", dict(lr=6e-4), 0) == on_countdown
+    for name, question in plan.QUESTIONS.items():
+        planned = [training_runs.planned_run(*row, 0) for row in question.rows]
+        assert planned and len(set(planned)) == len(planned), name
 
 
-def test_a_result_stays_valid_when_a_script_gets_a_new_option(tmp_path):
-    cell = cells.new_cell("easy", "grpo", {}, 0)
-    stored = cells.identity(cell)
-    del stored["config"]["cuda_graphs"]
-    folder = tmp_path / cells.name_of(cell)
+def test_a_result_stays_valid_when_a_script_gets_a_new_option_or_loses_one(tmp_path):
+    run = training_runs.planned_run("easy", "grpo", {}, 0)
+    stored = training_runs.identity(run)
+    del stored["config"]["token_budget"]
+    stored["config"]["an option that is gone"] = 1
+    folder = tmp_path / training_runs.name_of(run)
     folder.mkdir()
     (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
-    assert cells.finished(cell, tmp_path) == {"steps": 1}
+    assert training_runs.finished(run, tmp_path) == {"steps": 1}
     stored["config"]["clip_low"] = 0.3
     (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
-    assert cells.finished(cell, tmp_path) is None
+    assert training_runs.finished(run, tmp_path) is None
 
 
 @pytest.mark.slow
-def test_cells_run_once_until_their_options_change(work, tmp_path, monkeypatch, capfd):
-    arguments = ["--only", "methods", "--settings", "easy", "--seeds", "0", "1", "--work", str(work)]
+def test_runs_are_made_once_until_their_options_change(work, tmp_path, monkeypatch, capfd):
+    arguments = ["--only", "methods", "--settings", "easy", "--work", str(work)]
     out = tmp_path / "out"
     out.mkdir()
     assert compare.main(arguments, out) == 0
-    first = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"}
-    assert {"results.csv", "curves.csv", "tables.md"} == set(first)
-    rows = compare.read_csv(out / "results.csv")
+    first = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
+    assert set(first) == {"results.csv.gz", "curves.csv.gz"}
+    rows = data_files.read_rows(out / "data" / "results.csv.gz")
     assert [(r["method"], r["seed"]) for r in rows] == [("grpo", 0), ("gtpo", 0)]
     assert all(r["tokens"] >= 600 and 0 <= r["after mean@2"] <= 1 for r in rows)
     assert not list(work.glob("easy-*/model")) and len(list(work.glob("easy-*/summary.json"))) == 2
 
     capfd.readouterr()
     assert compare.main(arguments, out) == 0
-    assert "2 cells, 2 of them finished before" in capfd.readouterr().out
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == first
+    assert "2 runs, 2 of them finished before" in capfd.readouterr().out
+    assert {path.name: path.read_bytes() for path in (out / "data").iterdir()} == first
+    assert compare.main(["--quick", "--seeds", "0", "1", "--work", str(work)], out) == 0
+    assert "| grpo | 1 |" in (work / "quick.md").read_text()
 
-    planned = [cells.new_cell("easy", "grpo", {}, 0), cells.new_cell("easy", "gtpo", {}, 0)]
-    monkeypatch.setattr(cells, "TOKENS", 601)
-    assert all(cells.finished(cell, work) is None for cell in planned)
-    monkeypatch.setattr(cells, "TOKENS", 600)
-    # An interrupted cell starts again and gives the same numbers. A cell that fails does not stop the other.
-    (work / cells.name_of(planned[0]) / "summary.json").unlink()
-    bad = cells.new_cell("easy", "gtpo", dict(alpha2=-1.0), 0)
-    summaries = cells.run_cells([planned[0], bad], work, 2)
+    planned = [training_runs.planned_run("easy", method, {}, 0) for method in ("grpo", "gtpo")]
+    monkeypatch.setattr(training_runs, "TOKENS", 601)
+    assert all(training_runs.finished(run, work) is None for run in planned)
+    monkeypatch.setattr(training_runs, "TOKENS", 600)
+    # An interrupted run starts again and gives the same numbers. A run that fails does not stop the other.
+    (work / training_runs.name_of(planned[0]) / "summary.json").unlink()
+    bad = training_runs.planned_run("easy", "gtpo", dict(alpha2=-1.0), 0)
+    summaries = training_runs.execute_all([planned[0], bad], work, 2)
     assert list(summaries) == [planned[0]] and summaries[planned[0]]["steps"] == rows[0]["steps"]
     assert "gtpo-alpha2=-1.0-seed=0: FAILED (exit status 2)" in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_forked_cell_gives_what_the_script_gives_by_itself(toy, tmp_path):
-    """Through the real server of processes, with the toy base in the place of Countdown's."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "experiments")!r})
-import cells
-cells.EVAL_ROWS = 4
-cell = cells.Cell("easy", "grpo", (("eval_k", 2), ("eval_rows", 4), ("max_new_tokens", 9), ("stop_tokens", 300)), 0)
-inputs = ["--model", {str(toy)!r}]
-if __name__ == "__main__":
-    from pathlib import Path
-    process = cells.start(cell, Path({str(tmp_path)!r}), inputs)
+def test_a_forked_run_gives_what_the_script_gives_by_itself(toy, tmp_path, monkeypatch):
+    """Through the real server of processes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = dict(eval_k=2, eval_rows=4, max_new_tokens=9, stop_tokens=300)
+    run = training_runs.PlannedRun("easy", "grpo", tuple(small.items()), 0)
+    process = training_runs.start(run, tmp_path, ["--model", str(toy)])
     process.join()
-    print(cells.name_of(cell))
-"""
-    (tmp_path / "fork.py").write_text(code)
-    done = subprocess.run([sys.executable, tmp_path / "fork.py"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / done.stdout.split()[-1]
-    size = "--eval-k 2 --eval-rows 4 --max-new-tokens 9 --stop-tokens 300 --steps 1000 --name alone"
-    alone = script("grpo.py", "--model", str(toy), "--out", str(tmp_path), *size.split(),
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
+    assert process.exitcode == 0
+    folder = tmp_path / training_runs.name_of(run)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    call(monkeypatch, "grpo", "--model", str(toy), "--out", str(tmp_path), "--steps", "1000", "--name", "alone",
+         *training_runs.command_line(small.items()))  # fmt: skip
+    torch.set_num_threads(threads)
     for name in ("metrics.jsonl", "eval.json"):
         assert (folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 

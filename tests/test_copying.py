@@ -1,16 +1,15 @@
 """The methods' functions can be taken elsewhere: they need only torch, and the examples of docs/copying.md run."""
 
-import ast
-import importlib
+import builtins
+import dis
 import inspect
 import re
 import subprocess
 import sys
+import types
 
 import pytest
-import torch
-from helpers import METHODS, ROOT
-from torch import Tensor
+from helpers import METHODS, ROOT, SCRIPTS
 
 BLOCK = """
 import sys
@@ -22,93 +21,53 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 """
-THIRD_PARTY = (
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "tqdm",
-    "math_verify",
-    "matplotlib",
-    "huggingface_hub",
-)
-NOT_PURE = ("main", "dynamic_sampling")  # these two take a Run
+THIRD_PARTY = ("transformers", "datasets", "tokenizers", "tqdm", "math_verify", "matplotlib", "huggingface_hub")
 
 
 def pure_functions(name):
-    """Source of the pure functions of a method, by name."""
-    tree = ast.parse(inspect.getsource(METHODS[name]))
-    return {f.name: ast.unparse(f) for f in tree.body if isinstance(f, ast.FunctionDef) and f.name not in NOT_PURE}
+    """The names of a method's pure functions."""
+    script = METHODS[name]
+    functions = [f for f in vars(script).values() if inspect.isfunction(f) and f.__module__ == script.__name__]
+    return {f.__name__ for f in functions} - {"main", "dynamic_sampling"}  # these two take a Run
 
 
 PAGE = (ROOT / "docs" / "copying.md").read_text()
-
-
-def run_blocked(code):
-    return subprocess.run(
-        [sys.executable, "-c", BLOCK.format(names=THIRD_PARTY) + code], cwd=ROOT, capture_output=True, text=True
-    )
 
 
 @pytest.mark.slow
 def test_the_examples_run_with_torch_alone():
     setup, *examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(examples) == len(METHODS) + 1 and all(len(e.strip().splitlines()) <= 10 for e in examples)
-    done = run_blocked("".join(setup + e + "assert logprobs.grad.abs().sum() > 0\n" for e in examples))
+    code = BLOCK.format(names=THIRD_PARTY) + "".join(
+        setup + e + "assert logprobs.grad.abs().sum() > 0\n" for e in examples
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_quotes_the_loop_and_an_example_as_they_are():
     loop, example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example in PAGE
-    main = inspect.getsource(importlib.import_module("gtpo").main)
     code = [line.partition("  #")[0].strip() for line in loop.splitlines()]
-    assert len(code) <= 13
-    for line in code:
-        start = line.partition("(rollout.rewards")[0]  # the call of token_advantages is longer in the script
-        assert start in main, line
+    code = [line.partition("(rollout.rewards")[0] for line in code]  # this call is longer in the scripts
+    mains = [inspect.getsource(script.main) for script in SCRIPTS.values()]
+    assert len(code) <= 15 and any(all(line in main for line in code) for main in mains)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_page_shows_every_function_that_is_not_a_helper(name):
-    helpers = {"comparison_sets", "over_mean"}  # of gtpo.shaped_rewards and gtpo.advantages
-    for function in pure_functions(name).keys() - helpers:
-        assert (
-            re.search(rf"^from {METHODS[name].__name__} import .*\b{function}\b", PAGE, re.MULTILINE)
-            or function == "k3"
-        ), function
+    helpers = {"comparison_sets", "relative_to_mean", "standardized", "k3"}  # k3 is shown once, for GRPO
+    for function in pure_functions(name) - helpers:
+        assert re.search(rf"^from {METHODS[name].__name__} import .*\b{function}\b", PAGE, re.MULTILINE), function
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_pasted_functions_need_nothing_but_torch(name):
-    """All of a method's functions run in a module that holds torch and Tensor and nothing else."""
-    pasted = {"torch": torch, "Tensor": Tensor}
-    for source in pure_functions(name).values():
-        exec(source, pasted)
-    script, rng = METHODS[name], torch.Generator().manual_seed(0)
-    given = dict(
-        rewards=torch.tensor([1.0, 0, 0, 1, 1, 0]), group=torch.tensor([3, 8, 3, 8, 3, 8]), mask=torch.ones(6, 5),
-        lengths=torch.tensor([5.0, 3, 4, 5, 2, 5]), punishment=torch.zeros(6), gamma=0.75, max_length=5, cache=2.0,
-        max_new_tokens=5, ratio=torch.ones(6, 5),
-        scope="batch", compare="column", mean="arithmetic", chosen=torch.eye(6, 5) > 0,
-    )  # fmt: skip
-    for key in (
-        "entropy",
-        "logprobs",
-        "old_logprobs",
-        "ref_logprobs",
-        "reward_plus",
-        "reward_minus",
-        "shaped",
-        "values",
-        "uniforms",
-    ):
-        given[key] = torch.rand(6, 5, generator=rng)
-    for function in pure_functions(name):
-        wanted = getattr(script, function)
-        parameters = inspect.signature(wanted).parameters.values()
-        options = {p.name: given[p.name] for p in parameters if p.name in given}
-        if "advantages" in {p.name for p in parameters}:
-            options["advantages"] = (given["rewards"] - 0.5)[:, None].expand(6, 5)
-        if function == "advantages" and "shaped" in options:
-            options["shaped"] = given["rewards"] * 2 - 1
-        torch.testing.assert_close(pasted[function](**options), wanted(**options), rtol=0, atol=0)
+def test_the_functions_use_nothing_but_torch_and_each_other(name):
+    functions = pure_functions(name)
+    allowed = {"torch", "Tensor", *functions, *dir(builtins)}
+    for function in functions:
+        codes = [getattr(METHODS[name], function).__code__]
+        for code in codes:
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+            used = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+            assert used <= allowed, f"{function}: {used - allowed}"

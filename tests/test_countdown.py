@@ -1,12 +1,13 @@
 """tasks/countdown.py: its questions, its reward, and what is known of its completions."""
 
 import random
-import subprocess
+import runpy
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, call, lines
 
+from harness import tiny
 from tasks import countdown
 
 ROW = {"question": "3 12 7=29?", "numbers": [3, 12, 7], "target": 29}
@@ -21,47 +22,20 @@ def test_totals_may_grow_as_large_as_they_need():
     assert countdown.reward("30*29=870\n870-28=842", {"numbers": [28, 29, 30], "target": 842}) == 1.0
 
 
-@pytest.mark.parametrize(
-    "completion",
-    [
-        "",  # nothing
-        "29",  # the target, copied
-        "=29",
-        "29=29",
-        "3 12 7=29?",  # the question, copied
-        "12*3=29\n29-7=29",  # wrong arithmetic that ends in the target
-        "12*3=36\n36-7=28",
-        "12*3=36\n36-7=029",
-        "12*3=36\n36+7=29",
-        "12-7=5\n5*3=29",
-        "12*3=36",  # not all numbers
-        "12+7=19",
-        "12+12=24\n24+5=29",  # a number twice, or one that is not given
-        "12*3=36\n36-7=29\n29*1=29",
-        "29+0=29\n29+0=29",
-        "22+7=29",
-        "12*3=36\n35-6=29",  # a total that does not go on from the last one
-        "36-7=29\n12*3=36",  # the steps in the wrong order
-        "12*3=36\n36-7=29\n",  # text before, behind and between
-        "12*3=36\n\n36-7=29",
-        " 12*3=36\n36-7=29",
-        "12*3=36\n36-7=29 ",
-        "12*3=36\n36-7=29#29",
-        "so: 12*3=36\n36-7=29",
-        "12*3=36;36-7=29",
-        "12 * 3 = 36\n36 - 7 = 29",
-        "12*3=36\r\n36-7=29",
-        "12*3-7=29",  # not one step a line
-        "12*3=36-7=29",
-        "-12*-3=36\n36-7=29",  # signs
-        "+12*3=36\n36-7=29",
-        "12x3=36\n36-7=29",
-        "12/3=4\n4*7=28",
-        "１２*3=36\n36-7=29",  # digits of another script
-        "12*3=36\n36-7=29<eos>",
-        f"12*3={'9' * 5000}\n36-7=29",  # too long to be an int
-    ],
-)
+@pytest.mark.parametrize("completion", [
+    "", "29", "=29", "29=29", "3 12 7=29?",  # nothing, the target, the question
+    "12*3=29\n29-7=29", "12*3=36\n36-7=28", "12*3=36\n36-7=029", "12*3=36\n36+7=29",  # wrong arithmetic
+    "12-7=5\n5*3=29", "12/3=4\n4*7=28",
+    "12*3=36", "12+7=19", "22+7=29",  # not all numbers
+    "12+12=24\n24+5=29", "12*3=36\n36-7=29\n29*1=29", "29+0=29\n29+0=29",  # a number twice, or one that is not given
+    "12*3=36\n35-6=29", "36-7=29\n12*3=36",  # a total that does not go on from the last one; the wrong order
+    "12*3=36\n36-7=29\n", "12*3=36\n\n36-7=29", " 12*3=36\n36-7=29", "12*3=36\n36-7=29 ",  # text around it
+    "12*3=36\n36-7=29#29", "so: 12*3=36\n36-7=29", "12*3=36\n36-7=29<eos>",
+    "12*3=36;36-7=29", "12 * 3 = 36\n36 - 7 = 29", "12*3=36\r\n36-7=29", "12x3=36\n36-7=29",  # another notation
+    "12*3-7=29", "12*3=36-7=29",  # not one step a line
+    "-12*-3=36\n36-7=29", "+12*3=36\n36-7=29", "１２*3=36\n36-7=29",  # signs, digits of another script
+    f"12*3={'9' * 5000}\n36-7=29",  # too long to be an int
+])  # fmt: skip
 def test_a_hacked_completion_earns_nothing(completion):
     assert countdown.reward(completion, ROW) == 0.0
 
@@ -101,11 +75,6 @@ def test_held_out_questions_share_no_set_of_numbers_with_training_and_warm_start
     assert not held_out & {tuple(sorted(countdown.parse(text)[0])) for text in asked}
 
 
-def test_more_questions_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="questions"):
-        countdown.questions(10**6, 0, held_out=True)
-
-
 @pytest.mark.parametrize("solved, low, high", [(1.0, 1.0, 1.0), (0.7, 0.7, 0.85), (0.0, 0.05, 0.4)])
 def test_demonstrations_are_correct_chains_of_which_the_given_share_is_solved(solved, low, high):
     asked, completions = countdown.demonstrations(random.Random(0), 1000, solved)
@@ -124,18 +93,15 @@ def test_choices_are_the_operators_and_the_numbers_of_the_question():
 
 
 @pytest.mark.slow
-def test_the_script_makes_base_and_data_and_prints_a_command_that_runs(tmp_path):
+def test_the_script_makes_base_and_data_and_prints_a_command_that_runs(tmp_path, monkeypatch, capsys):
     """With a warm start of one step: the real one takes a minute."""
-    short = (
-        "import runpy, harness.tiny as t; w = t.warm_start; t.warm_start = lambda *a, **k: w(*a, **{**k, 'steps': 1});"
-    )
-    run = "runpy.run_path('tasks/countdown.py', run_name='__main__')"
-    code = f"import sys; sys.argv = ['countdown.py', '--out', {str(tmp_path / 'cd')!r}]; {short} {run}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    command = done.stdout.split("\n\n")[1].split()
-    assert command[:2] == ["python", "egsw.py"]
-    size = ["--steps", "1", "--n-prompts", "2", "--group-size", "2", "--eval-rows", "2", "--eval-k", "1"]
-    run = subprocess.run([sys.executable, *command[1:], *size, "--out", str(tmp_path)], cwd=ROOT, capture_output=True,
-                         text=True, timeout=100)  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    warm_start = tiny.warm_start
+    monkeypatch.setattr(tiny, "warm_start", lambda *given, **options: warm_start(*given, **options | {"steps": 1}))
+    monkeypatch.setattr(sys, "argv", ["countdown.py", "--out", str(tmp_path / "countdown")])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("tasks/countdown.py", run_name="__main__")
+    python, script, *options = capsys.readouterr().out.split("\n\n")[1].split()
+    assert (python, script) == ("python", "egsw.py")
+    size = "--steps 1 --n-prompts 2 --group-size 2 --eval-rows 2 --eval-k 1"
+    call(monkeypatch, "egsw", *options, *size.split(), "--out", str(tmp_path), "--name", "run")
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1

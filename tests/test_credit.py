@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -14,18 +13,7 @@ from experiments import credit
 from harness import options
 from harness.run import Run
 
-NASTY = [
-    "</script><script>alert(1)</script>",
-    "<!--",
-    "&amp;",
-    "{{content}}",
-    r"$\frac$",
-    "\n",
-    "  ",
-    "\t",
-    "\x1b",
-    "数",
-]
+NASTY = ["</script><script>alert(1)</script>", "<!--", "&amp;", "</body>", "<img src=x onerror=alert(1)>", r"$\frac$"]
 
 
 def rollout(lengths=(5, 3, 6, 4, 2, 6), right=(1, 0, 1, 0, 0, 0), group_size=2, width=6):
@@ -58,17 +46,6 @@ def content(r, g=0, texts=tuple("abcdef")):
     return {"task": "a task", "model": "a model", **credit.picture(r, g, tokenizer(texts), cfg)}
 
 
-@pytest.mark.parametrize("name", credit.SCRIPTS)
-def test_credit_is_the_scripts_token_advantage(name):
-    r = rollout()
-    script = credit.SCRIPTS[name]
-    options = {"max_new_tokens": 6} if name == "DAPO" else {}
-    got = credit.token_credit(r, 6)[name]
-    assert torch.equal(got, script.token_advantages(r.rewards, r.entropy, r.mask, r.group, **options))
-    assert got[:4].abs().sum() > 0
-    assert (got[4:] == 0).all()  # the group without a right completion
-
-
 def test_the_picture_holds_the_numbers_of_its_group_right_ones_first():
     r = rollout(right=(1, 0, 0, 1, 0, 0))
     shown, expected = content(r, g=1), credit.token_credit(r, 6)
@@ -84,15 +61,12 @@ def test_the_picture_holds_the_numbers_of_its_group_right_ones_first():
     assert shown["answer"] == "7"
 
 
-def test_the_group_nearest_to_half_right_is_drawn():
+def test_the_group_nearest_to_half_right_is_chosen():
     group = torch.arange(3).repeat_interleave(4)
     assert credit.choose(torch.tensor([1.0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 0]), group) == 1
     assert credit.choose(torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]), group) == 2
     assert credit.choose(torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]), group) is None
-
-
-def test_the_harder_prompt_of_the_page_is_another_one_that_has_both_outcomes():
-    group = torch.arange(3).repeat_interleave(4)
+    # and the page shows another one that is harder
     rewards = torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0])
     assert credit.choose(rewards, group, share=0.2, without=2) == 1
     assert credit.choose(rewards, group, share=0.2, without=1) == 2
@@ -123,41 +97,13 @@ def test_the_page_is_one_file_that_loads_nothing():
 
 
 def test_text_cannot_become_markup():
-    texts = (*NASTY[:5], "<img src=x onerror=alert(1)>")
-    written = page(prompt(texts))
+    written = page(prompt(NASTY))
     assert written.count("<") == page(prompt()).count("<")
     stored = json.loads(re.search(r'id="content">(.*?)</script>', written, re.S).group(1))
-    assert stored["tasks"][0]["groups"] == [prompt(texts)]
-    assert stored["tasks"][0]["groups"][0]["rows"][0]["text"] == list(texts)
+    assert stored["tasks"][0]["groups"] == [prompt(NASTY)]
+    assert stored["tasks"][0]["groups"][0]["rows"][0]["text"] == NASTY
     # and the script of the page writes it as text only
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", written)
-
-
-def test_the_page_knows_each_option_of_the_credit_with_the_scripts_defaults():
-    listed = credit.method_options()
-    assert list(listed) == ["grpo", "dapo", "egsw", "gtpo", "grpo_s"]
-    for method in credit.SCRIPTS.values():
-        config = method.Config()
-        for option in listed[method.__name__]:
-            assert option["default"] == getattr(config, option["name"])
-            assert not option["choices"] or option["default"] in option["choices"]
-
-
-@pytest.mark.slow
-def test_the_png_is_cut_to_rows_and_lines(tmp_path):
-    from PIL import Image
-
-    T = 30
-    r = rollout(lengths=(T, 9, 20, T), right=(1, 0, 1, 0), group_size=4, width=T)
-    shown, sizes = content(r, texts=NASTY * 3), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a token is no formula, and a missing glyph no news
-        for name, rows, lines in (("all", 9, 99), ("less", 2, 1)):
-            credit.draw(tmp_path / f"{name}.png", shown, rows, lines)
-            with Image.open(tmp_path / f"{name}.png") as image:
-                sizes.append(image.size)
-    assert sizes[0][1] > 2 * sizes[1][1]
-    assert max(width for width, _ in sizes) < 1500
 
 
 def sizes(small):
@@ -190,17 +136,11 @@ def test_the_batch_is_that_of_a_runs_first_step(small):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (["--rows", 0], "--rows"),
-        (["--alpha", 1], "--alpha"),
-        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--out", __file__ + "/x"], "--out"),
-        (["--temperature", 0.001], "no prompt has both outcomes"),
-        (["--countdown"], "--countdown"),
-    ],
-)
+@pytest.mark.parametrize("wrong, said", [
+    (["--rows", 0], "--rows"), (["--alpha", 1], "--alpha"), (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--out", __file__ + "/x"], "--out"), (["--temperature", 0.001], "no prompt has both outcomes"),
+    (["--countdown"], "--countdown"),
+])  # fmt: skip
 def test_wrong_input_is_one_line_and_status_2(small, capsys, wrong, said):
     with pytest.raises(SystemExit) as stop:
         credit.main([*sizes(small), *map(str, wrong)])

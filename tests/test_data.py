@@ -228,7 +228,8 @@ NO_SYSTEM = "{{ raise_exception('no system') if messages[0].role == 'system' }}<
 USER_ONLY = "{% for m in messages if m.role == 'user' %}<user>{{ m.content }}{% endfor %}"
 PARTS = "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
 CHAT = [{"role": "system", "content": "base 7"}, {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": "4"}, {"role": "user", "content": [{"type": "text", "text": "3+5?"}]}]  # fmt: skip
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": [{"type": "text", "text": "3+5?"}]}]  # fmt: skip
 
 
 @pytest.mark.parametrize("template, question, expected", [
@@ -344,8 +345,10 @@ def test_json_keeps_a_gold_as_written_and_gives_a_reward_the_plain_value(written
         assert {p["question"]: p["answer"] for p in problems}["2024-05-01"] == gold
 
 
-@pytest.mark.parametrize("answer", ['"proof"', '"notfound"', '"None"', "null", "NaN", '"N/A"', '"\\\\boxed{\\\\text{Proof.}}"',
-                                    '"not found"', '"#### null"', '"-"'])  # fmt: skip
+@pytest.mark.parametrize("answer", [
+    '"proof"', '"notfound"', '"None"', "null", "NaN", '"N/A"', '"\\\\boxed{\\\\text{Proof.}}"',
+    '"not found"', '"#### null"', '"-"',
+])  # fmt: skip
 def test_golds_that_say_that_there_is_none_are_dropped_and_counted(answer, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"question": "a?", "answer": {answer}}}\n{{"question": "b?", "answer": 3}}\n')

@@ -1,10 +1,7 @@
 """docs/explorer.html: its JavaScript gives the scripts' numbers, and a reader can use the page.
 
-The functions run in node, or in Chromium where there is no node. The page is driven in Chromium. A test is skipped if
-what it needs is missing: node, or chromium with chromedriver and the package selenium."""
+A test is skipped if what it needs is missing: node, or chromium with chromedriver and the package selenium."""
 
-import contextlib
-import inspect
 import json
 import random
 import re
@@ -19,7 +16,7 @@ from experiments import credit
 
 PAGE = ROOT / "docs" / "explorer.html"
 METHODS = list(SCRIPTS)
-CASES = 300  # random batches for each method
+CASES = 100  # random batches for each method
 
 
 def scripts_of(page):
@@ -31,9 +28,9 @@ def content_of(page):
     return json.loads(re.search(r'id="content">(.*?)</script>', page, re.S).group(1))
 
 
-@contextlib.contextmanager
-def chromium(folder):
-    """A Chromium to drive. Skips the test where something is missing."""
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A Chromium to drive."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is missing")
     binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver_path = shutil.which("chromedriver")
@@ -41,47 +38,26 @@ def chromium(folder):
         pytest.skip("chromium or chromedriver is missing")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
+    folder = tmp_path_factory.mktemp("chromium")
     for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
                  "disable-component-update", "disable-sync", f"user-data-dir={folder}"):  # fmt: skip
         options.add_argument("--" + flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
-    try:
-        yield driver
-    finally:
-        driver.quit()
+    yield driver
+    driver.quit()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
-
-
-@pytest.fixture(scope="module")
-def javascript(tmp_path_factory):
-    """A function (code, data) -> what the code returns. The code sees `data` and the page's functions."""
-    functions = scripts_of(PAGE.read_text(encoding="utf-8"))
-
-    def program(code, data):  # the data comes as JSON, which keeps the order of keys
-        return f"{functions}\nconst result = (data => {{ {code} }})(JSON.parse({data}));\n"
-
-    def in_node(code, data):
-        script = program(code, "require('fs').readFileSync(0)") + "console.log(JSON.stringify(result));"
-        done = subprocess.run(["node", "-e", script], input=json.dumps(data), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    if shutil.which("node"):
-        yield in_node
-        return
-    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-
-        def in_chromium(code, data):
-            script = program(code, "arguments[0]") + "return JSON.stringify(result);"
-            return json.loads(driver.execute_script(script, json.dumps(data)))
-
-        yield in_chromium
+def javascript(code, data):
+    """What the code returns. It sees `data` and the page's functions, and runs in node."""
+    if not shutil.which("node"):
+        pytest.skip("node is missing")
+    program = f"""{scripts_of(PAGE.read_text(encoding="utf-8"))}
+        const result = (data => {{ {code} }})(JSON.parse(require('fs').readFileSync(0)));
+        console.log(JSON.stringify(result));"""
+    done = subprocess.run(["node", "-e", program], input=json.dumps(data), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 # --- the functions are those of the scripts ---------------------------------------------------------------------------
@@ -138,7 +114,7 @@ def tensors(case, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_page_gives_the_scripts_numbers_for_random_batches_and_options(javascript, method):
+def test_the_page_gives_the_scripts_numbers_for_random_batches_and_options(method):
     cases = random_cases(method, CASES)
     code = f"""return data.map(c => {method}.token_advantages(
         c.rewards, c.entropy, c.mask, c.group, ...Object.values(c.settings)));"""
@@ -153,7 +129,7 @@ def test_the_page_gives_the_scripts_numbers_for_random_batches_and_options(javas
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_steps_of_a_formula_end_at_the_credit(javascript, method):
+def test_the_steps_of_a_formula_end_at_the_credit(method):
     cases = random_cases(method, 60)
     for case in cases:  # the page has no control for these two
         case["settings"] |= {"entropy_max": 1e3, "overlong_gamma": None} if method == "gtpo" else {}
@@ -165,31 +141,13 @@ def test_the_steps_of_a_formula_end_at_the_credit(javascript, method):
         assert torch.tensor(difference).abs().max() < 1e-5, case["settings"]
 
 
-def test_functions_have_the_names_order_arguments_and_defaults_of_the_scripts(javascript):
-    source = "[key, value.toString().replace(/\\s+/g, ' ').match(/\\((.*?)\\) {/)[1]]"
-    code = f"""return Object.fromEntries(Object.entries({{{", ".join(METHODS)}}}).map(([name, functions]) =>
-        [name, Object.entries(functions).map(([key, value]) => {source})]));"""
-    for method, functions in javascript(code, None).items():
-        script = SCRIPTS[method]
-        in_python = [name for name, value in vars(script).items() if inspect.isfunction(value)]
-        names = [name for name, _ in functions]
-        assert names == [name for name in in_python if name in names]
-        assert {"advantages", "token_advantages"} <= set(names)
-        for name, arguments in functions:
-            theirs = inspect.signature(getattr(script, name)).parameters
-            parts = [part.split(" = ") for part in arguments.split(", ")]
-            assert [part[0] for part in parts] == list(theirs), f"{method}.{name}"
-            ours = {part[0]: json.loads(part[1]) for part in parts if len(part) == 2}
-            assert ours == {n: p.default for n, p in theirs.items() if p.default is not p.empty}, f"{method}.{name}"
-
-
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_the_template_with_todays_options():
+def test_the_page_has_todays_options():
     page = PAGE.read_text(encoding="utf-8")
     stored = content_of(page)
-    assert page == credit.page(stored["tasks"]), "make docs/explorer.html again; experiments/credit.py says how"
+    assert page == credit.page(stored["tasks"]), "stale: run python docs/build.py"
     assert len(page.encode()) <= 400_000
     assert {len(task["groups"]) for task in stored["tasks"]} == {2}
 
@@ -197,11 +155,9 @@ def test_the_page_is_the_template_with_todays_options():
 # --- a reader at the page ---------------------------------------------------------------------------------------------
 
 
-def visit(browser, width=1280, height=900, scheme="light"):
+def visit(browser, width=1280, height=900):
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 800}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(PAGE.as_uri())
 
 
@@ -224,26 +180,6 @@ def means(browser, method):
 
 def value(browser, script):
     return browser.execute_script(f"return {script}")
-
-
-@pytest.mark.slow
-def test_the_page_shows_the_scripts_credit_of_its_completions(browser):
-    visit(browser)
-    for task in content_of(PAGE.read_text(encoding="utf-8"))["tasks"]:
-        groups = task["groups"]
-        rows = [row for prompt in groups for row in prompt["rows"]]
-        width = max(len(row["text"]) for row in rows)
-        pad = [[*row["entropy"], *[0.0] * (width - len(row["entropy"]))] for row in rows]
-        mask = torch.tensor([[float(t < len(row["text"])) for t in range(width)] for row in rows])
-        rewards = torch.tensor([row["reward"] for row in rows])
-        group = torch.tensor([g for g, prompt in enumerate(groups) for _ in prompt["rows"]])
-        for g, prompt in enumerate(groups):
-            click(browser, "#prompts button", f"{task['task']}: {prompt['question'][:20]}")
-            for method, script in SCRIPTS.items():
-                options = {"max_new_tokens": task["max_new_tokens"]} if method == "dapo" else {}
-                A = script.token_advantages(rewards, torch.tensor(pad), mask, group, **options)[group == g]
-                expected = A.sum(1) / mask[group == g].sum(1)
-                assert means(browser, method) == pytest.approx(expected.tolist(), abs=0.006)
 
 
 @pytest.mark.slow
@@ -273,109 +209,11 @@ def test_every_preset_shows_what_its_sentence_says(browser):
 
 
 @pytest.mark.slow
-def test_a_slider_a_drag_and_a_switch_act_at_once(browser):
-    from selenium.webdriver import ActionChains, Keys
-
-    visit(browser)
-    before = means(browser, "egsw")
-    slider = all_of(browser, "#egsw-weight_temperature")[0]
-    slider.send_keys(Keys.END)
-    assert means(browser, "egsw") == pytest.approx(means(browser, "grpo"), abs=0.011) != before
-    assert all_of(browser, "#command")[0].text == "python egsw.py --weight-temperature 1000"
-    assert "held" not in all_of(browser, "#token-line")[0].text
-
-    click(browser, "#presets button", "As sampled")
-    first = all_of(browser, ".completion:first-child .token")
-    token = min(first, key=lambda token: float(token.get_attribute("aria-valuenow")))
-    bar = token.find_element("css selector", ".skyline")
-    entropy, credit_before = float(token.get_attribute("aria-valuenow")), means(browser, "egsw")
-    ActionChains(browser).click_and_hold(bar).move_by_offset(0, -20).release().perform()
-    assert float(token.get_attribute("aria-valuenow")) > entropy + 0.5
-    assert means(browser, "egsw") != credit_before
-    assert "edited" in token.get_attribute("class")
-
-    n_right = len(all_of(browser, '.outcome[aria-checked="true"]'))
-    all_of(browser, ".outcome")[0].click()
-    assert len(all_of(browser, '.outcome[aria-checked="true"]')) == n_right - 1
-
-
-@pytest.mark.slow
-def test_the_page_is_used_by_keyboard_alone(browser):
-    from selenium.webdriver import ActionChains, Keys
-
-    visit(browser)
-
-    def press(*keys):
-        ActionChains(browser).send_keys(*keys).perform()
-
-    def focus():
-        return browser.switch_to.active_element
-
-    for _ in range(80):
-        press(Keys.TAB)
-        if focus().get_attribute("class").startswith("outcome"):
-            break
-        outline = focus().value_of_css_property("outline-style")
-        assert outline != "none", f"no visible focus on {focus().get_attribute('outerHTML')[:80]}"
-    press(Keys.SPACE)
-    assert focus().text == "wrong"
-    press(Keys.TAB, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    token = focus()
-    assert token.get_attribute("data-t") == "2"
-    assert token.find_element("css selector", "b").value_of_css_property("outline-style") != "none"
-    entropy = float(token.get_attribute("aria-valuenow"))
-    press(Keys.PAGE_UP)
-    assert float(token.get_attribute("aria-valuenow")) == pytest.approx(entropy + 0.5)
-    assert "token 3 of" in all_of(browser, "#token-line")[0].text
-    press(Keys.DELETE)
-    assert float(token.get_attribute("aria-valuenow")) == entropy
-    press(Keys.END)
-    assert int(focus().get_attribute("data-t")) == len(all_of(browser, ".completion:first-child .token")) - 1
-
-
-def contrast(a, b):
-    """The WCAG contrast ratio of two CSS colours such as rgb(27, 29, 34)."""
-
-    def luminance(colour):
-        channels = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_the_page_fits_reads_well_and_reports_no_error(browser, width, height, scheme):
-    visit(browser, width, height, scheme)
+def test_the_page_fits_the_screen_loads_nothing_and_reports_no_error(browser, width, height):
+    visit(browser, width, height)
     for k in range(len(all_of(browser, "#prompts button"))):
         browser.execute_script("arguments[0].click()", all_of(browser, "#prompts button")[k])
         assert value(browser, "document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
-    page = all_of(browser, "body")[0].value_of_css_property("background-color")
-    assert (contrast(page, "rgb(0, 0, 0)") > 10) == (scheme == "light")
-    for selector in ("h1", ".lede", "#finding", "#where", ".size", ".token.fork b"):
-        element = all_of(browser, selector)[0]
-        behind = element.value_of_css_property("background-color")
-        behind = page if behind.endswith(", 0)") else behind
-        assert contrast(element.value_of_css_property("color"), behind) >= 4.5, selector
     assert value(browser, "performance.getEntriesByType('resource').length") == 0
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
-
-
-@pytest.mark.slow
-def test_on_a_phone_options_and_formula_share_the_lower_edge(browser):
-    from selenium.webdriver import Keys
-
-    visit(browser, 390, 844)
-    options, formula = all_of(browser, "#controls")[0], all_of(browser, "#formula")[0]
-    assert not options.is_displayed() and not formula.is_displayed()
-    click(browser, ".sheet-tabs button", "Options")
-    assert options.is_displayed() and not formula.is_displayed()
-    before = means(browser, "egsw")
-    all_of(browser, "#egsw-alpha")[0].send_keys(Keys.END)
-    assert means(browser, "egsw") != before
-    click(browser, ".sheet-tabs button", "Formula")
-    assert formula.is_displayed() and not options.is_displayed()
-    assert "--alpha 3" in formula.text

@@ -103,13 +103,13 @@ def test_in_float32_samples_are_those_of_the_cpu(sample, gpu, loaded, toy, monke
 def cache_types(sample, gpu, tokenizer, monkeypatch):
     """The types of all keys and values in the cache at the end of a rollout."""
     caches = []
-    last_hidden = common.last_hidden
+    run_decoder = common.run_decoder
 
     def spy(model, cache, *inputs):
         caches.append(cache)
-        return last_hidden(model, cache, *inputs)
+        return run_decoder(model, cache, *inputs)
 
-    monkeypatch.setattr(common, "last_hidden", spy)
+    monkeypatch.setattr(common, "run_decoder", spy)
     rollout_of(gpu.model, tokenizer, sample=sample)
     return {x.dtype for layer in caches[-1].layers for x in (layer.keys, layer.values)}
 

@@ -3,7 +3,6 @@
 import ast
 import re
 
-import mutate
 from helpers import METHODS, ROOT, SCRIPTS
 
 # Each may import only what stands before it.
@@ -49,12 +48,6 @@ def test_a_script_imports_no_other_script():
     methods = {module.__name__ for module in METHODS.values()}
     for name in methods:
         assert not imports(name) & methods
-
-
-def test_every_mutation_still_stands_once_in_its_file():
-    changes = mutate.read_changes()
-    stale = [change for change in changes if (ROOT / change.file).read_text().count(change.was) != 1]
-    assert changes and not stale
 
 
 def prose(page):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import common
 import grpo
 from harness import lora, tiny
-from harness.options import RunConfig, resolve_defaults
 from harness.model import load_model, load_policy
+from harness.options import RunConfig, resolve_defaults
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")

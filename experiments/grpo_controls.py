@@ -1,7 +1,7 @@
 """GRPO with changes that need no entropy, or that use it in the plainest way: what EGSW is compared with.
 
-    python experiments/controls.py --wrong-scale 0.3 [options of grpo.py]
-    python experiments/controls.py --help
+    python experiments/grpo_controls.py --wrong-scale 0.3 [options of grpo.py]
+    python experiments/grpo_controls.py --help
 
 --right-scale and --wrong-scale multiply the advantages of right and of wrong completions: EGSW also gives right ones
 more weight. --hard-power h multiplies the advantages of a group by ((1 - p) / p)^(h / 2), where p is the share of its
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import common
 import grpo
-from harness.options import option, parse
+from harness.options import keywords, option, parse
 from harness.run import Run
 
 
@@ -51,15 +51,12 @@ def main() -> None:
     cfg = parse(Config, __doc__)
     clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     with Run(cfg) as run:
+        options = keywords(cfg, token_advantages)
         for _ in run.steps():
             rollout = run.verify(run.sample())
-            A = token_advantages(
-                rollout.rewards, rollout.entropy, rollout.mask, rollout.group,
-                advantage=cfg.advantage, right_scale=cfg.right_scale, wrong_scale=cfg.wrong_scale,
-                hard_power=cfg.hard_power,
-            )  # [B, T]  # fmt: skip
-            active = None if cfg.entropy_bonus > 0 else A  # the bonus acts on every completion
-            for minibatch in run.minibatches(rollout, cfg.reduction, active):
+            A = token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)  # [B, T]
+            skip_zero = None if cfg.entropy_bonus > 0 else A  # the bonus acts on every completion
+            for minibatch in run.minibatches(rollout, cfg.reduction, skip_zero):
                 for batch in minibatch:
                     ratio = (batch.logprobs - batch.old_logprobs).exp()  # [b, T]
                     per_token = grpo.loss(ratio, A[batch.rows], batch.mask, **clip)  # [b, T]

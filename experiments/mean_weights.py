@@ -1,8 +1,8 @@
 """The mean weight that EGSW gives the tokens of right and of wrong completions, for the base model of Countdown.
 
-    python experiments/scale.py [FOLDER]        FOLDER: of base and data, runs/countdown if not given
+    python experiments/mean_weights.py [FOLDER]        FOLDER: of base and data, runs/countdown if not given
 
-compare.py's controls multiply GRPO's advantages by these two numbers. Groups that are all right or all wrong do not
+plan.py's controls multiply GRPO's advantages by these two numbers. Groups that are all right or all wrong do not
 count, because they have no advantage.
 """
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))
 
-from cells import sample_countdown
+from training_runs import sample_countdown
 
 import egsw
 from tasks import countdown

@@ -1,12 +1,12 @@
-"""What compare.py runs: cells, each one run of a script with a setting, a method, its options and a seed.
+"""The runs of compare.py: each is a script with a setting, its options and a seed.
 
-All cells of a setting start from the same base, and all cells of a seed draw the same prompts. A cell ends after TOKENS
+All runs of a setting start from the same base, and all runs of a seed draw the same prompts. A run ends after TOKENS
 sampled completion tokens, including those that dynamic sampling throws away, and leaves its folder in --work. A
-finished cell runs again only if its options, its setting or the defaults of its script have changed. A cell that
-several questions share runs once. On the same kind of CPU, a second run gives the same numbers.
+finished run is repeated only if its options, its setting or the defaults of its script have changed. On the same kind
+of CPU, a second run gives the same numbers.
 
-Each cell is a process with one thread. It is forked from a server that has imported torch and transformers already,
-because importing them takes a third as long as a cell.
+Each run is a process with one thread. It is forked from a server that has imported torch and transformers already,
+because importing them takes a third as long as a run.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import common
-from harness import data, files, tiny
+from harness import files, tiny
+from harness.model import load_model, stop_ids
 from tasks import countdown
 
 TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
@@ -51,14 +52,14 @@ CURVE_POINTS = 30
 SCORED_SAMPLES = 8  # per problem, for the entropy at choices
 
 
-class Cell(NamedTuple):
+class PlannedRun(NamedTuple):
     setting: str
     method: str  # the module of its script
     options: tuple  # pairs (name, value) that are neither the script's defaults nor the setting's
     seed: int
 
 
-# --- what a cell is ---------------------------------------------------------------------------------------------------
+# --- what a run is ----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -67,44 +68,45 @@ def defaults(method: str) -> dict:
     return {field.name: field.default for field in dataclasses.fields(importlib.import_module(method).Config)}
 
 
-def new_cell(setting: str, method: str, options: dict, seed: int) -> Cell:
-    """The same cell for the same run, also if an option is given that is the default anyway."""
+def planned_run(setting: str, method: str, options: dict, seed: int) -> PlannedRun:
+    """Two runs are equal if they do the same, also if one of them is given an option that is the default anyway."""
     usual = {**defaults(method), **SETTINGS[setting]["options"]}
     changed = {name: value for name, value in options.items() if usual[name] != value}
-    return Cell(setting, method, tuple(sorted(changed.items())), seed)
+    return PlannedRun(setting, method, tuple(sorted(changed.items())), seed)
 
 
-def name_of(cell: Cell) -> str:
-    options = [f"{name}={value}" for name, value in cell.options]
-    return "-".join([cell.setting, cell.method, *options, f"seed={cell.seed}"])
+def name_of(run: PlannedRun) -> str:
+    options = [f"{name}={value}" for name, value in run.options]
+    return "-".join([run.setting, run.method, *options, f"seed={run.seed}"])
 
 
-def config_of(cell: Cell) -> dict:
-    """All options of the cell's script, except where its inputs and outputs are."""
-    fixed = {"eval_rows": EVAL_ROWS, "seed": cell.seed, "stop_tokens": TOKENS}
-    return {**defaults(cell.method), **fixed, **SETTINGS[cell.setting]["options"], **dict(cell.options)}
+def config_of(run: PlannedRun) -> dict:
+    """All options of the run's script, except where its inputs and outputs are."""
+    fixed = {"eval_rows": EVAL_ROWS, "seed": run.seed, "stop_tokens": TOKENS}
+    return {**defaults(run.method), **fixed, **SETTINGS[run.setting]["options"], **dict(run.options)}
 
 
-def identity(cell: Cell) -> dict:
-    """Everything that decides the cell's result, except the code. It is stored with the result."""
-    setting = SETTINGS[cell.setting]
-    task = countdown if cell.setting.startswith("countdown") else tiny
+def identity(run: PlannedRun) -> dict:
+    """Everything that decides the run's result, except the code. It is stored with the result."""
+    setting = SETTINGS[run.setting]
+    task = countdown if run.setting.startswith("countdown") else tiny
     recipe = {**task.RECIPE, **setting["recipe"]}
     model = {**tiny.MODEL, **setting.get("shape", {})}
-    found = {"method": cell.method, "recipe": recipe, "model": model, "terms": setting.get("terms"),
-             "rows": TRAIN_ROWS, "config": config_of(cell)}  # fmt: skip
+    found = {"method": run.method, "recipe": recipe, "model": model, "terms": setting.get("terms"),
+             "rows": TRAIN_ROWS, "config": config_of(run)}  # fmt: skip
     return json.loads(json.dumps(found))
 
 
-def finished(cell: Cell, work: Path) -> dict | None:
-    """The summary of a cell, if it has been run to its end with the same identity as now."""
+def finished(run: PlannedRun, work: Path) -> dict | None:
+    """The summary of a run, if it has ended with the same identity as now."""
     try:
-        stored = json.loads((work / name_of(cell) / "summary.json").read_text())
+        stored = json.loads((work / name_of(run) / "summary.json").read_text())
     except (OSError, ValueError):
         return None
-    now = identity(cell)
-    # An option that is newer than the result was, in effect, at its default.
-    stored["identity"]["config"] = {**now["config"], **stored["identity"]["config"]}
+    now = identity(run)
+    # An option that is newer than the result was, in effect, at its default. One that is gone decides nothing.
+    config = stored["identity"]["config"]
+    stored["identity"]["config"] = {name: config.get(name, default) for name, default in now["config"].items()}
     return stored["summary"] if stored["identity"] == now else None
 
 
@@ -140,19 +142,18 @@ def command_line(options) -> list[str]:
     return result
 
 
-# --- running cells ----------------------------------------------------------------------------------------------------
+# --- running them -----------------------------------------------------------------------------------------------------
 
 
-def run_cell(cell: Cell, work: Path, inputs: list[str]) -> None:
-    """Runs the cell's script from its beginning, in this process, and writes summary.json. What the script prints goes
-    to <cell>.log."""
+def execute(run: PlannedRun, work: Path, inputs: list[str]) -> None:
+    """Runs the script from its beginning, in this process. Writes summary.json, and what is printed to <run>.log."""
     torch.set_num_threads(1)
-    folder = work / name_of(cell)
+    folder = work / name_of(run)
     shutil.rmtree(folder, ignore_errors=True)
-    options = {"eval_rows": EVAL_ROWS, "stop_tokens": TOKENS, **SETTINGS[cell.setting]["options"], **dict(cell.options)}
-    fixed = {"out": work, "name": folder.name, "steps": 1_000_000, "seed": cell.seed, "log_completions": 0}
-    script = importlib.import_module(cell.method)
-    sys.argv = [str(script.__file__), *inputs, *command_line([*fixed.items(), *options.items()]), "--no-save-plots"]
+    options = {"eval_rows": EVAL_ROWS, "stop_tokens": TOKENS, **SETTINGS[run.setting]["options"], **dict(run.options)}
+    fixed = {"out": work, "name": folder.name, "steps": 1_000_000, "seed": run.seed}
+    script = importlib.import_module(run.method)
+    sys.argv = [str(script.__file__), *inputs, *command_line([*fixed.items(), *options.items()])]
     with (
         open(work / f"{folder.name}.log", "w") as log,
         contextlib.redirect_stdout(log),
@@ -160,7 +161,7 @@ def run_cell(cell: Cell, work: Path, inputs: list[str]) -> None:
     ):
         script.main()
         summary = summarise(folder)
-        if cell.setting.startswith("countdown"):
+        if run.setting.startswith("countdown"):
             base = inputs[inputs.index("--model") + 1]
             for when, model in (("before", base), ("after", str(folder / "model"))):
                 summary |= {f"{when} {key}": value for key, value in entropies(model).items()}
@@ -169,55 +170,55 @@ def run_cell(cell: Cell, work: Path, inputs: list[str]) -> None:
         shutil.rmtree(large)
     for large in folder.glob("*completions.jsonl"):
         large.unlink()
-    stored = {"identity": identity(cell), "summary": summary}
+    stored = {"identity": identity(run), "summary": summary}
     files.write_text(folder / "summary.json", json.dumps(stored, indent=1) + "\n")
 
 
-def start(cell: Cell, work: Path, inputs: list[str]):
-    """Starts a cell in a process of its own."""
+def start(run: PlannedRun, work: Path, inputs: list[str]):
+    """Starts a run in a process of its own."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cells", "transformers.models.qwen3", "datasets", "grpo"])
-    process = context.Process(target=run_cell, args=(cell, work, inputs))
+    context.set_forkserver_preload(["training_runs", "transformers.models.qwen3", "datasets", "grpo"])
+    process = context.Process(target=execute, args=(run, work, inputs))
     process.start()
     return process
 
 
-def run_cells(cells: list[Cell], work: Path, jobs: int) -> dict[Cell, dict]:
-    """Runs the cells that are not finished, `jobs` at a time. Returns the summaries; a cell that failed has none."""
-    summaries = {cell: finished(cell, work) for cell in cells}
-    waiting = [cell for cell, summary in summaries.items() if summary is None]
-    print(f"{len(summaries)} cells, {len(summaries) - len(waiting)} of them finished before", flush=True)
-    inputs = {setting: prepare(setting, work) for setting in dict.fromkeys(cell.setting for cell in waiting)}
+def execute_all(runs: list[PlannedRun], work: Path, jobs: int) -> dict[PlannedRun, dict]:
+    """Executes the runs that are not finished, `jobs` at a time. Returns the summaries; a run that failed has none."""
+    summaries = {run: finished(run, work) for run in runs}
+    waiting = [run for run, summary in summaries.items() if summary is None]
+    print(f"{len(summaries)} runs, {len(summaries) - len(waiting)} of them finished before", flush=True)
+    inputs = {setting: prepare(setting, work) for setting in dict.fromkeys(run.setting for run in waiting)}
     total = len(waiting)
-    running: dict[Cell, tuple] = {}
+    running: dict[PlannedRun, tuple] = {}
     done = 0
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                cell = waiting.pop(0)
-                running[cell] = start(cell, work, inputs[cell.setting]), time.monotonic()
+                run = waiting.pop(0)
+                running[run] = start(run, work, inputs[run.setting]), time.monotonic()
             time.sleep(0.05)
-            for cell, (process, began) in list(running.items()):
+            for run, (process, began) in list(running.items()):
                 if process.is_alive():
                     continue
-                del running[cell]
+                del running[run]
                 done += 1
-                summary = finished(cell, work)
+                summary = finished(run, work)
                 if summary is None:
-                    log = work / f"{name_of(cell)}.log"
-                    print(f"{name_of(cell)}: FAILED (exit status {process.exitcode}); see {log}", file=sys.stderr)
+                    log = work / f"{name_of(run)}.log"
+                    print(f"{name_of(run)}: FAILED (exit status {process.exitcode}); see {log}", file=sys.stderr)
                     continue
-                summaries[cell] = summary
-                k = SETTINGS[cell.setting]["options"]["eval_k"]
-                print(f"[{done}/{total}] {name_of(cell)}: mean@{k} {summary[f'before mean@{k}']:.3f} -> "
+                summaries[run] = summary
+                k = SETTINGS[run.setting]["options"]["eval_k"]
+                print(f"[{done}/{total}] {name_of(run)}: mean@{k} {summary[f'before mean@{k}']:.3f} -> "
                       f"{summary[f'after mean@{k}']:.3f}, pass@{k} {summary[f'after pass@{k}']:.3f}, "
                       f"{summary['steps']} steps, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     finally:
-        for process, _ in running.values():  # the next time the cell starts again, so it need not end well
+        for process, _ in running.values():  # the next time the run starts again, so it need not end well
             process.kill()
             process.join()
-    return {cell: summary for cell, summary in summaries.items() if summary}
+    return {run: summary for run, summary in summaries.items() if summary}
 
 
 # --- what a run says --------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def tokens_so_far(folder: Path) -> list[int]:
 
 
 def summarise(folder: Path) -> dict:
-    """The numbers of a run folder that results.csv holds.
+    """The numbers of a run folder that data/results.csv.gz holds.
 
     steps to 0.8: the first step at which the mean reward of the last 5 is 0.8 or more (None: never); tokens to 0.8:
     completion tokens sampled until then. mean reward: over all tokens of training, the area under the curve of the
@@ -269,11 +270,11 @@ def summarise(folder: Path) -> dict:
 
 def sample_countdown(model_folder: str, rows: list[dict], group_size: int) -> tuple[common.Rollout, list[str]]:
     """Completions of these Countdown questions, group_size of each, as a Rollout and as text. The same every time."""
-    model, tokenizer = data.load_model(model_folder, torch.device("cpu"))
+    model, tokenizer = load_model(model_folder, torch.device("cpu"))
     prompts = tokenizer([row["question"] for row in rows])["input_ids"]
     T = countdown.MAX_NEW_TOKENS
     uniforms = torch.rand(len(rows) * group_size, T, generator=torch.Generator().manual_seed(0))
-    rollout = common.sample(model, prompts, group_size, T, data.stop_ids(model, tokenizer), uniforms)
+    rollout = common.sample(model, prompts, group_size, T, stop_ids(model, tokenizer), uniforms)
     texts = []
     for ids, length in zip(rollout.completion_ids, rollout.completion_lengths().long(), strict=True):
         texts.append(tokenizer.decode(ids[:length], skip_special_tokens=True))
