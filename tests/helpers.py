@@ -153,4 +153,4 @@ def assert_same_samples(a, b):
 def trainer_of(model, tokenizer, problems=(), **options):
     """A Trainer that has no run around it."""
     settings = {"lr": 1e-3, "max_new_tokens": T, "token_budget": 10**6} | options
-    return Trainer(RunConfig(**settings), model, tokenizer, list(problems), source="")
+    return Trainer(RunConfig(**settings), model, tokenizer, list(problems), base_name="")

@@ -167,7 +167,7 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
 
     r.rewards = (torch.arange(12) % 2).float()
     A = grpo.advantages(r.rewards, r.group)
-    trainer = Trainer(cfg, model, tokenizer, [], folder)
+    trainer = Trainer(cfg, model, tokenizer, [], base_name=folder)
     before = [p.detach().clone() for p in model.parameters()]
     for minibatch in trainer.minibatches(r, "token", A):
         for batch in minibatch:
@@ -176,7 +176,7 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
             (per_token * batch.loss_weights).sum().backward()
             trainer.record(batch, per_token)
         trainer.optimizer_step()
-    assert trainer.update_metrics["grad_norm"] > 0 and trainer.update_metrics["skipped_updates"] == 0
+    assert trainer.metrics_of_update()["grad_norm"] > 0 and trainer.metrics_of_update()["skipped_updates"] == 0
     moved = [p for p, b in zip(model.parameters(), before, strict=True) if not torch.equal(p, b)]
     assert moved and all(p.requires_grad for p in moved)
     tokenizer.save_pretrained(tmp_path / "b")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import common
 import grpo
-from harness import lora, tiny
+from harness import decoder, lora, tiny
 from harness.model import load_model, load_policy
 from harness.options import RunConfig, resolve_defaults
 
@@ -78,7 +78,7 @@ def test_a_step_moves_the_adapters_and_leaves_the_base_alone(gradient_checkpoint
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     t = trainer_of(model, tokenizer, lora_rank=4, optimizer=optimizer, lr=1e-2)
     train_once(t, rollout_of(model, tokenizer))
-    assert t.update_metrics["skipped_updates"] == 0
+    assert t.metrics_of_update()["skipped_updates"] == 0
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != (".lora_" in name), name
 
@@ -110,7 +110,7 @@ def test_the_reference_is_the_base_and_the_same_numbers_as_a_separate_copy(toy):
     rollout = rollout_of(model, tokenizer)
     without_copy = trainer_of(model, tokenizer, lora_rank=4).reference_logprobs(rollout)
     full = trainer_of(*load_model(str(toy), CPU))
-    full.source = str(toy)
+    full.base_name = str(toy)
     assert torch.equal(without_copy, full.reference_logprobs(rollout))
     assert (score(model, rollout)[0] - without_copy).abs().max() > 0.01  # the adapters are on again
 
@@ -130,11 +130,11 @@ def test_a_bf16_base_trains_float32_adapters(toy, monkeypatch):
     model, tokenizer = bf16_base(toy)
     assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
     assert {p.dtype for p in lora.adapters(model).values()} == {torch.float32}
-    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr(decoder, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
     before = {name: weight.clone() for name, weight in lora.adapters(model).items()}
     t = trainer_of(model, tokenizer, lora_rank=4, lr=1e-3)
     train_once(t, rollout_of(model, tokenizer))
-    assert t.update_metrics["sampling_logp_difference"] < 0.05 and t.update_metrics["skipped_updates"] == 0
+    assert t.metrics_of_update()["sampling_logp_difference"] < 0.05 and t.metrics_of_update()["skipped_updates"] == 0
     assert all(not torch.equal(weight, before[name]) for name, weight in lora.adapters(model).items())
 
 
