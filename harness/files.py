@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -9,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.options import fail
+
+# What a run appends to, and what `write_folder` leaves when it is killed.
+LOGS = ("metrics.jsonl", "timing.jsonl", "completions.jsonl", "eval_completions.jsonl")
+LEFTOVER = re.compile(r"\.((model|best|adapter)-[a-z0-9_]{8}|checkpoint-[0-9]+-[a-z0-9_]+)(-old)?")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -19,13 +24,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a JSON Lines file. A killed process may have left half a line at the end: it is ignored."""
+    """The records of a log of a run. A killed process may have left half a line at the end: it is ignored."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            record["step"] + 0  # every record of a run has it
+        except (ValueError, TypeError, KeyError):
             break
+        records.append(record)
     return records
 
 
@@ -63,9 +70,9 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run folder, by step. Each is a whole one, because write_folder has renamed it into place."""
     found = {}
     for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit():  # otherwise it is the user's own, such as a copy named checkpoint-old
-            found[int(step)] = path
+        step = re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
+        if step and path.is_dir():  # otherwise it is the user's own, such as a copy named checkpoint-old
+            found[int(step[1])] = path
     return found
 
 
@@ -78,9 +85,12 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """Removes from a run folder what was logged after `step`, and what a killed process has left half-written."""
-    for leftover in folder.glob(".*-*"):
-        shutil.rmtree(leftover)
-    for file in folder.glob("*.jsonl"):
-        kept = [record for record in read_lines(file) if record["step"] <= step]
-        write_text(file, "".join(json.dumps(record) + "\n" for record in kept))
+    """Removes from a run folder what was logged after `step`, and what a killed process has left half-written. Whatever
+    a run does not write itself is the user's, and stays."""
+    for leftover in folder.glob(".*"):
+        if LEFTOVER.fullmatch(leftover.name) and leftover.is_dir():
+            shutil.rmtree(leftover)
+    for name in LOGS:
+        if (folder / name).exists():
+            kept = [record for record in read_lines(folder / name) if record["step"] <= step]
+            write_text(folder / name, "".join(json.dumps(record) + "\n" for record in kept))

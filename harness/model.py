@@ -1,12 +1,14 @@
 """The model in training: loaded, checked, with LoRA or without, and its optimizer. transformers does the loading."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
-from harness import decoder, lora, onednn
+import common
+from harness import lora, onednn
 from harness.options import RunConfig, fail, first_line
 
 
@@ -33,16 +35,23 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is wrong with the weights is said below, in one line
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)  # with dropout, the policy that is scored is not the policy that sampled
+        turn_off_noise(config)
         options: dict[str, Any] = dict(dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+        options["output_loading_info"] = True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+        model, loading_info = loaded
+        check_weights(model, loading_info)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        check_head(model)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("it has no tokenizer")
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        check_logprobs(model)
     except torch.OutOfMemoryError:
         with_lora = ", or --lora-rank 32, which holds them in bf16" if dtype == torch.float32 else ""
         fail(f"--model {name}: its weights do not fit on the GPU: choose a smaller one{with_lora}")
@@ -51,24 +60,79 @@ def load_model(
             fail(f"--model {name} cannot be used: {first_line(error)}")
         fail(f"--model {name} is not a folder here, and the hub gave: {first_line(error)} "
              "Give a local folder instead if the hub is out of reach.")  # fmt: skip
+    finally:
+        logging.set_verbosity(verbosity)
     onednn.use(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     return model, tokenizer
 
 
+def turn_off_noise(config) -> None:
+    """Sets dropout and jitter to 0: with them, the policy that is scored is not the policy that sampled."""
+    for part in (config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if ("drop" in key or "jitter" in key) and isinstance(value, float):
+                setattr(part, key, 0.0)
+
+
+def check_weights(model, loading_info: dict) -> None:
+    """Raises ValueError if weights are missing, which transformers draws at random, or if one is not finite. Names the
+    first of those that the model does not use. loading_info: what from_pretrained returns with output_loading_info."""
+    missing = sorted(loading_info["missing_keys"])
+    unused = sorted(loading_info["unexpected_keys"])
+    if missing:
+        has = f" (it has {shown(unused)} instead)" if unused else ""
+        raise ValueError(f"{len(missing)} weights are missing: {shown(missing)}{has}")
+    if unused:
+        print(f"--model: {len(unused)} weights of the checkpoint are not used: {shown(unused)}")
+    # The sum is finite only if every number is, and it needs no memory.
+    bad = [name for name, p in model.named_parameters() if not p.detach().sum(dtype=torch.float32).isfinite()]
+    if bad:
+        raise ValueError(f"{len(bad)} weights hold numbers that are not finite (NaN or infinite): {shown(bad)}")
+
+
+def shown(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 @torch.no_grad()
-def check_head(model) -> None:
-    """Raises ValueError unless decoder.head_logits(hidden states) equals the model's own logits. common.py runs decoder
-    and head separately, and a model family may do something in between that is not known there. A model in bf16 rounds
-    its logits, so they may differ by more."""
+def check_logprobs(model) -> None:
+    """Raises ValueError unless a token has the same log-prob when it is sampled, when it is scored as in the update,
+    and when its row alone runs through the whole model. So no family of models has to be known: padding on the left may
+    enter the state of a layer, a row may depend on the longest one of its batch, something may follow the head. Two
+    tokens and short prompts are enough to see all of these."""
+    n_tokens = len(model.get_input_embeddings().weight)
+    prompts = [[5 % n_tokens], [6 % n_tokens, 7 % n_tokens, 8 % n_tokens]]
+    uniforms = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
+    rollout = common.sample(model, prompts, 3, 2, [-1], uniforms)
+    model.train()  # as in the update, where some families add noise
+    scored, _ = common.token_logprobs(
+        model, rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids, rollout.mask, group=rollout.group
+    )
     model.eval()
-    ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
-    expected = model(input_ids=ids, use_cache=False).logits[0]
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 2e-2
-    logits = decoder.head_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-    if logits.shape != expected.shape or not torch.allclose(logits, expected.float(), tolerance, tolerance):
-        raise ValueError(f"the logits of {type(model).__name__} are not head(hidden states): it is not supported")
+    ids = torch.cat([rollout.prompt_ids[0, :1], rollout.completion_ids[0]])
+    logprobs = model(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+    alone = logprobs.gather(1, ids[1:, None]).squeeze(1)  # [2] of the first row
+
+    is_exact = model.dtype == torch.float32 and model.device.type == "cpu"
+    tolerance = 1e-3 if is_exact else 0.5  # nats; bf16 rounds logits to a hundredth of their size
+    for how, gap in {"when it is sampled": rollout.logprobs - scored, "alone": alone - scored[0]}.items():
+        worst = float(gap.abs().max())
+        if not worst <= tolerance:  # also if it is NaN
+            raise ValueError(f"{type(model).__name__} is not supported: the log-prob of a token is another one {how} "
+                             f"than in a batch, by {worst:.2g} nats")  # fmt: skip
+
+
+def max_positions(model) -> float:
+    """The longest row that the model can run, in tokens. With RoPE that changes all positions when a row of the batch
+    is long ("longrope" of Phi-3.5, "dynamic"), only up to where that begins."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # some families have a RoPE for each type of layer
+        rope_type = parameters.get("rope_type", "") if isinstance(parameters, dict) else ""
+        if rope_type == "longrope" or "dynamic" in rope_type:
+            limit = min(limit, parameters.get("original_max_position_embeddings") or math.inf)
+    return limit
 
 
 def stop_ids(model, tokenizer) -> list[int]:

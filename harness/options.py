@@ -57,9 +57,10 @@ class RunConfig:
     splits: str = option("train,test", "the splits to train and to evaluate on")
     question_column: str | None = option(None, "if not given: question, problem or prompt")
     answer_column: str | None = option(None, "if not given: answer, reward_model or solution")
-    system: str = option(
-        "Reason step by step, and put your final answer within \\boxed{}.", "system turn of a chat; '': none"
-    )
+    system: str | None = option(
+        None, "system turn of a chat that has none; '': none; if not given: 'Reason step by step, and put your final "
+        "answer within \\boxed{}.', if the tokenizer knows these words"
+    )  # fmt: skip
     prompt_template: str = option("Question: {question}\nAnswer:", "prompt of a model without a chat template")
     reward: str | None = option(
         None, "FILE.py:FUNCTION, a reward of your own (completion, row) -> float; above 0.5 counts as right in gtpo, "
@@ -132,6 +133,7 @@ def parse(config_class: type[C], doc: str | None, argv: list[str] | None = None)
     if args.resume:  # the run's stored options become the defaults; what the command line gives still wins
         parser.set_defaults(**stored_options(args.resume, vars(args).keys()))
         args = parser.parse_args(argv)
+        args.out = str(Path(args.resume).parent)  # the stored one may be relative to another folder
         for name in FIXED_ON_RESUME:
             stored = parser.get_default(name)
             if getattr(args, name) != stored:
@@ -149,8 +151,8 @@ def stored_options(folder: str, known: Collection[str]) -> dict:
     """The options in the config.json of a run folder. Fails if it is not a run of this script."""
     script = Path(sys.argv[0]).stem
     try:
-        stored = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        stored = dict(json.loads((Path(folder) / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         fail(f"--resume {folder}: no readable config.json in it ({error})")
     if stored.pop("method", None) != script:
         fail(f"--resume {folder}: it is not a run of {script}.py")
@@ -199,7 +201,7 @@ def bounded(
 
 def check_options(cfg: RunConfig) -> None:
     """Refuses what is wrong before anything is loaded. Makes the folder --out if all is well."""
-    out = Path(cfg.out)
+    out = Path(cfg.resume or cfg.out)
     if cfg.eval_only and not cfg.eval_rows:
         fail("--eval-only with --eval-rows 0: there is nothing to evaluate on")
     if cfg.name and Path(cfg.name).name != cfg.name:

@@ -1,16 +1,23 @@
-"""What a run says about itself: evaluations, warnings, the closing table, curves, and trackers such as wandb."""
+"""What a run says about itself: evaluations, warnings, progress, the closing table, curves, trackers such as wandb."""
 
 import importlib
+import io
+import json
 import math
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common import Rollout
-from harness import files
+from harness import distributed, files
+from harness.options import fail, first_line
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
@@ -58,7 +65,102 @@ def metric_names(evaluations: list[dict]) -> list[str]:
     return list(dict.fromkeys(all_names))
 
 
+def mean_at_k(result: dict) -> tuple[float, list[float]]:
+    """mean@k of an evaluation, whatever its k, with its interval."""
+    name = next(name for name in result if name.startswith("mean@"))
+    return result[name], result[name + "_ci"]
+
+
+def best_of(evaluations: list[dict]) -> dict | None:
+    """The evaluation with the highest mean@k after a step of training; None if there is none."""
+    trained = [result for result in evaluations if result["step"] > 0]
+    return max(trained, key=lambda result: mean_at_k(result)[0]) if trained else None
+
+
+def read_evaluations(folder: Path, step: int) -> list[dict]:
+    """The evaluations in a run's eval.json up to this step. Fails if it is damaged."""
+    try:
+        stored = json.loads((folder / "eval.json").read_text())
+        evaluations = [result for result in list.copy(stored) if result["step"] <= step]
+        for result in evaluations:
+            mean_at_k(result)
+    except (ValueError, TypeError, KeyError, StopIteration):
+        fail(f"--resume {folder}: its eval.json is damaged; without this file the run goes on and evaluates again")
+    return evaluations
+
+
 # --- during and after a run -------------------------------------------------------------------------------------------
+
+
+class Stream(io.TextIOWrapper):
+    """Standard output or error that outlives its reader: after `| head -1` and a closed terminal it is silent."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self.silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self.silence()
+
+    def silence(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def guard_streams() -> None:
+    """From here on, no print ends the run: not for a reader that is gone, and not for a character that the terminal
+    cannot show."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper:  # not in a notebook or a test
+            setattr(sys, name, Stream(
+                stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            ))  # fmt: skip
+
+
+class Lines(tqdm):
+    """Progress where there is no terminal: now and then a line, instead of one that is written again and again."""
+
+    @staticmethod
+    def status_printer(file):
+        def write(text: str) -> None:
+            if text.strip():
+                print(text.strip(), file=file, flush=True)
+
+        return write
+
+    def moveto(self, n: int) -> None:
+        pass
+
+
+def progress_bar(label: str, unit: str, **options: Any) -> tqdm:
+    """A bar of tqdm on stderr, in process 0."""
+    options |= dict(desc=label, unit=unit, disable=distributed.rank() > 0)
+    if sys.stderr.isatty():
+        return tqdm(**options)
+    return Lines(**options, delay=60, mininterval=60, maxinterval=60, position=1, leave=False)
+
+
+@contextmanager
+def token_bar(label: str, model) -> Iterator[None]:
+    """Shows how many tokens run through the model inside this block, and how fast, if it takes some seconds."""
+    options = {"delay": 3, "leave": False} if sys.stderr.isatty() else {}
+    with progress_bar(label, " tokens", unit_scale=True, **options) as bar:
+
+        def count(decoder, args, inputs, output) -> None:
+            bar.update(inputs["input_ids"].numel())
+
+        hook = model.base_model.register_forward_hook(count, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def warnings(history: list[dict[str, Any]]) -> dict[str, str]:
@@ -72,10 +174,10 @@ def warnings(history: list[dict[str, Any]]) -> dict[str, str]:
     if last["completions/clipped_ratio"] > 0.3:
         share = last["completions/clipped_ratio"]
         found["cut_off"] = f"{share:.0%} of the completions were cut off; a larger --max-new-tokens gives them room"
-    if len(history) >= 3 and all(metrics["frac_reward_zero_std"] == 1 for metrics in history[-3:]):
+    if len(history) >= 3 and all(metrics["frac_reward_zero_std"] >= 0.9 for metrics in history[-3:]):
         found["no_signal"] = (
-            "no group had different rewards in three steps, so nothing is learned; the problems are too hard or too "
-            "easy (--dataset), or --group-size is too small"
+            "in three steps, nine of ten groups or more had no different rewards, so hardly anything is learned; the "
+            "problems are too hard or too easy (--dataset), or --group-size is too small"
         )
     if last["reward/parse_failed"] > 0.5:
         share = last["reward/parse_failed"]
@@ -92,13 +194,15 @@ def warnings(history: list[dict[str, Any]]) -> dict[str, str]:
     return {name: line for name, line in found.items() if name not in given}
 
 
-def print_table(evaluations: list[dict]) -> None:
-    """Prints one line per evaluation, and below it the 95% intervals of the last one."""
+def print_table(evaluations: list[dict], mark_best: bool = False) -> None:
+    """Prints one line per evaluation, and below it the 95% intervals of the last one. Warns on stderr if the last one
+    is worse than the best one by more than chance. mark_best: marks the line of the model in best/."""
     names = metric_names(evaluations)
     print("".join(name.rjust(11) for name in names))
     for result in evaluations:
         cells = [f"{result[name]:.4g}" if name in result else "" for name in names]
-        print("".join(cell.rjust(11) for cell in cells))
+        mark = "  <- best/" if mark_best and result is best_of(evaluations) else ""
+        print("".join(cell.rjust(11) for cell in cells) + mark)
     if evaluations:
         last = evaluations[-1]
         intervals = []
@@ -107,6 +211,14 @@ def print_table(evaluations: list[dict]) -> None:
                 low, high = last[name + "_ci"]
                 intervals.append(f"{name} {low:.3f} to {high:.3f}")
         print("95% intervals of the last line:", ", ".join(intervals))
+        best = max(evaluations, key=lambda result: mean_at_k(result)[0])
+        last_mean, (_, last_high) = mean_at_k(last)
+        best_mean, (best_low, _) = mean_at_k(best)
+        if last_mean < best_low and last_high < best_mean and distributed.rank() == 0:
+            kept = "; best/ holds that model" if mark_best and best["step"] > 0 else ""
+            print(f"warning: after step {last['step']} the model is worse than after step {best['step']}: mean@k "
+                  f"{last_mean:.3f}, and {best_mean:.3f} there{kept}; a smaller --lr or fewer --steps help",
+                  file=sys.stderr)  # fmt: skip
 
 
 def plot(folder: Path) -> None:
@@ -130,20 +242,38 @@ def plot(folder: Path) -> None:
     pyplot.close(figure)
 
 
-def tracker(name: str, folder: Path, config: dict) -> Callable[[dict], Any]:
-    """A function that sends the metrics of a step to the tracker of this name ("none": to nothing)."""
+def tracker(name: str, folder: Path, config: dict) -> Callable[[dict], None]:
+    """A function that sends the metrics of a step to the tracker of this name ("none": to nothing). Fails if the
+    tracker cannot be started. What fails later is one warning, because a run is worth more than its log elsewhere."""
     if name == "none":
         return lambda metrics: None
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(folder / "tensorboard")
+            writer = SummaryWriter(folder / "tensorboard")
 
-        def write(metrics: dict) -> None:
-            for key, value in metrics.items():
-                writer.add_scalar(key, value, metrics["step"])
+            def send(metrics: dict) -> None:
+                for key, value in metrics.items():
+                    writer.add_scalar(key, value, metrics["step"])
+        else:
+            library = importlib.import_module(name)  # wandb and trackio have the same two calls
+            library.init(project="entropy-rl", name=folder.name, config=config)
 
-        return write
-    library = importlib.import_module(name)  # wandb and trackio have the same two calls
-    library.init(project="entropy-rl", name=folder.name, config=config)
-    return lambda metrics: library.log(metrics, step=metrics["step"])
+            def send(metrics: dict) -> None:
+                library.log(metrics, step=metrics["step"])
+    except (Exception, SystemExit) as error:
+        fail(f"--track {name}: {first_line(error)}")
+
+    has_failed = False
+
+    def track(metrics: dict) -> None:
+        nonlocal has_failed
+        try:
+            send(metrics)
+        except Exception as error:  # of any class; a network may be gone for a while
+            if not has_failed:
+                print(f"\nwarning: --track {name}: {first_line(error)}; the run goes on", file=sys.stderr)
+            has_failed = True
+
+    return track

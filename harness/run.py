@@ -11,7 +11,8 @@ Every script has this loop:
 
 A run leaves in runs/<name>/: config.json; metrics.jsonl, one line per step, on a CPU the same bytes for the same seed;
 timing.jsonl, the seconds of each step; completions.jsonl; eval.json, eval.csv and eval_completions.jsonl; the trained
-model in model/, with LoRA also adapter/; checkpoint-N/, from which --resume goes on; curves.png.
+model in model/, with LoRA also adapter/; with --eval-every, in best/, that of the step with the highest mean@k;
+checkpoint-N/, from which --resume goes on; curves.png.
 
 `torchrun --nproc-per-node N` runs the same loop in N processes (harness/distributed.py). Every process makes the same
 decisions; process 0 writes. harness/stop.py lists how a run can end, and its exit status.
@@ -44,6 +45,7 @@ class Run(Trainer):
     """A Trainer with a folder, logs, evaluation and checkpoints."""
 
     def __init__(self, cfg: RunConfig):
+        reporting.guard_streams()
         device = distributed.start()
         self.is_main = distributed.rank() == 0
         torch.manual_seed(cfg.seed)
@@ -74,12 +76,17 @@ class Run(Trainer):
         if self.is_main and folder is None:
             folder = files.new_folder(Path(cfg.out), cfg.name)
         self.folder: Path = distributed.all_gather(folder)[0]
+        stored = {"method": Path(sys.argv[0]).stem, **dataclasses.asdict(cfg), "resume": None, "eval_only": False}
+        try:
+            self.track = reporting.tracker(cfg.track if self.is_main else "none", self.folder, stored)
+        except SystemExit:
+            if not cfg.resume:
+                shutil.rmtree(self.folder)
+            raise
         if checkpoint:
             self.restore(checkpoint)
-        stored = {"method": Path(sys.argv[0]).stem, **dataclasses.asdict(cfg), "resume": None, "eval_only": False}
         if self.is_main:
             files.write_text(self.folder / "config.json", json.dumps(stored, indent=2) + "\n")
-        self.track = reporting.tracker(cfg.track if self.is_main else "none", self.folder, stored)
 
     def __enter__(self) -> "Run":
         self.signals.catch()
@@ -94,8 +101,6 @@ class Run(Trainer):
 
     def steps(self) -> Iterator[int]:
         """Yields the number of each step. Evaluates before the first and after the last one, then saves and reports."""
-        from tqdm import tqdm
-
         cfg = self.cfg
         if cfg.eval_only or not self.evaluations:
             self.evaluate()
@@ -104,12 +109,11 @@ class Run(Trainer):
             return
         self.exit_status = self.signal_of_any_process()
         stop_tokens = cfg.stop_tokens or math.inf
-        with tqdm(
-            total=cfg.steps, initial=self.step, desc=self.folder.name, unit="step", disable=not self.is_main
-        ) as self.progress:
+        with reporting.progress_bar(self.folder.name, "step", total=cfg.steps, initial=self.step) as self.progress:
             while not self.exit_status and self.step < cfg.steps and self.n_tokens_sampled < stop_tokens:
                 self.step += 1
-                yield self.step
+                with reporting.token_bar(f"step {self.step}", self.model):
+                    yield self.step
                 self.exit_status = self.signal_of_any_process()
                 is_last = self.step >= cfg.steps
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and not is_last:
@@ -183,8 +187,9 @@ class Run(Trainer):
             return
         eval_rng = torch.Generator().manual_seed(self.cfg.seed)
         uniforms = torch.rand(len(self.eval_problems) * k, self.cfg.max_new_tokens, generator=eval_rng)
-        greedy = self.verify(self.generate(self.eval_problems, 1, uniforms=None))
-        sampled = self.verify(self.generate(self.eval_problems, k, uniforms))
+        with reporting.token_bar("evaluation", self.model):
+            greedy = self.verify(self.generate(self.eval_problems, 1, uniforms=None))
+            sampled = self.verify(self.generate(self.eval_problems, k, uniforms))
         self.seconds = {}  # of training alone
         result = {"step": self.step, **reporting.evaluate(greedy, sampled, k)}
         if self.cfg.reward:
@@ -201,10 +206,12 @@ class Run(Trainer):
         files.write_text(self.folder / "eval.csv", text.getvalue())
         greedy_records = [{**record, "greedy": True} for record in self.records(greedy)]
         self.append("eval_completions.jsonl", *greedy_records, *self.records(sampled))
+        if self.cfg.eval_every and reporting.best_of(self.evaluations) is result:
+            files.write_folder(self.folder / "best", self.write_model)
 
     def report(self) -> None:
         """Prints the closing table and draws curves.png."""
-        reporting.print_table(self.evaluations)
+        reporting.print_table(self.evaluations, mark_best=self.cfg.eval_every > 0)
         print(f"\nin {self.folder}")
         if self.is_main:
             reporting.plot(self.folder)
@@ -282,10 +289,9 @@ class Run(Trainer):
         self.bad_steps = state["bad_steps"]
         self.step = state["step"]
         self.saved_step = self.step
+        if (self.folder / "eval.json").exists():
+            self.evaluations = reporting.read_evaluations(self.folder, self.step)
         if self.is_main:
             files.cut_back(self.folder, self.step)
             if (self.folder / "metrics.jsonl").exists():
                 self.history = files.read_lines(self.folder / "metrics.jsonl")
-        if (self.folder / "eval.json").exists():
-            stored = json.loads((self.folder / "eval.json").read_text())
-            self.evaluations = [result for result in stored if result["step"] <= self.step]

@@ -4,7 +4,9 @@
 |---|---|---|
 | Ctrl-C (SIGINT) | 130 | everything, after the current step |
 | SIGTERM | 143 | everything, after the current step |
-| a second signal, at least a second later | 130 or 143, as the first | what was saved before |
+| a closed terminal (SIGHUP) | 129 | everything, after the current step |
+| SIGUSR1, which batch systems send before their limit | 128 + its number | everything, after the current step |
+| a second signal, at least a second later | as the first | what was saved before |
 | updates that are not finite, three steps in a row | 1 | everything: the weights are still good |
 | another process of torchrun has died | 1 | what was saved before |
 | the disk is full | 1 | what was saved before |
@@ -22,23 +24,28 @@ from pathlib import Path
 
 import torch
 
-from harness import distributed
+from harness import distributed, files
 from harness.options import fail
 from harness.rewards import RewardError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Signals:
-    """Between catch() and release(), the first SIGINT or SIGTERM only sets `status`, the exit status that it asks for.
-    The run looks at it after each step. A second signal raises KeyboardInterrupt."""
+    """Between catch() and release(), the first signal only sets `status`, the exit status that it asks for. The run
+    looks at it after each step. A second signal raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.status = 0  # 0: there was no signal
         self.time = 0.0  # of the first signal
 
     def catch(self) -> None:
-        self.handlers = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {}
+        for number in SIGNALS:
+            under_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if not under_nohup:
+                self.handlers[number] = signal.signal(number, self.handle)
 
     def release(self) -> None:
         for number, handler in self.handlers.items():
@@ -58,7 +65,7 @@ def end_with_one_line(error: BaseException, folder: Path, step: int, signal_stat
     """Ends the program with one line and the exit status of the table above, if the error is in it. Otherwise does
     nothing, so that the error goes on."""
     way_out = "no checkpoint was written yet (--save-every)"
-    if any(folder.glob("checkpoint-*")):
+    if files.checkpoints(folder):
         way_out = f"go on with --resume {folder}"
     if distributed.peer_lost(error):
         print(f"error: process {distributed.rank()} lost another one in step {step}; {way_out}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Data sets in the layouts that people have, and prompts."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from helpers import data_folder, error_line
 
 import verifier
 from harness import data, tiny
+from harness.model import load_model
 from harness.options import RunConfig
 
 GSM8K = [
@@ -97,11 +99,11 @@ def test_the_test_split_is_evaluated_on_and_a_missing_split_is_refused(tmp_path,
     train, held = data.load_problems(config(dataset=str(tmp_path / "d")))
     assert [problem["question"] for problem in held] == [GSM8K[0]["question"]] and len(train) == 2
     with pytest.raises(SystemExit):
-        data.load_problems(config(dataset=str(tmp_path / "d"), train_split="training"))
-    assert "--train-split" in error_line(capsys)
+        data.load_problems(config(dataset=str(tmp_path / "d"), splits="training,test"))
+    assert "--splits" in error_line(capsys)
     with pytest.raises(SystemExit):
-        data.load_problems(config(dataset=str(tmp_path / "d"), eval_split="tset"))
-    assert "--eval-split" in error_line(capsys)
+        data.load_problems(config(dataset=str(tmp_path / "d"), splits="train,tset"))
+    assert "--splits" in error_line(capsys)
 
 
 def test_a_hub_data_set_with_configurations(tmp_path):
@@ -119,7 +121,7 @@ def test_a_hub_data_set_with_configurations(tmp_path):
     (folder / "README.md").write_text("\n".join([*yaml, "---", ""]))
     train, held = data.load_problems(config(dataset=str(folder)))
     assert len(train) == 2 and len(held) == 1 and all("main: " in row["question"] for row in train + held)
-    train, _ = data.load_problems(config(dataset=str(folder), dataset_config="socratic"))
+    train, _ = data.load_problems(config(dataset=f"{folder}:socratic"))
     assert all("socratic: " in row["question"] for row in train)
 
 
@@ -201,7 +203,7 @@ def test_the_hub_out_of_reach_is_one_line_with_the_way_out(capsys):
         data.load_problems(config(dataset="openai/no-such-set-here"))
     assert stop.value.code == 2 and "local file or folder" in error_line(capsys)
     with pytest.raises(SystemExit) as stop:
-        data.load_model("Qwen/no-such-model-here", torch.device("cpu"))
+        load_model("Qwen/no-such-model-here", torch.device("cpu"))
     assert stop.value.code == 2 and "local folder" in error_line(capsys)
 
 
@@ -217,35 +219,179 @@ def test_every_row_of_the_real_data_sets_is_usable(name, count):
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_take_the_chat_template_or_else_the_prompt_template(capsys):
+def prompt(tokenizer, question, system="SYS", template="3+{question}="):
+    return data.prompt_text(tokenizer, data.read_chat(question), system, template)
+
+
+ROLES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+NO_SYSTEM = "{{ raise_exception('no system') if messages[0].role == 'system' }}<user>{{ messages[0].content }}"
+USER_ONLY = "{% for m in messages if m.role == 'user' %}<user>{{ m.content }}{% endfor %}"
+PARTS = "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+CHAT = [{"role": "system", "content": "base 7"}, {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": [{"type": "text", "text": "3+5?"}]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("template, question, expected", [
+    (ROLES, "1+2?", "<system>SYS<user>1+2?<assistant>"),
+    (NO_SYSTEM, "1+2?", "<user>SYS\n\n1+2?"),
+    (USER_ONLY, "1+2?", "<user>SYS\n\n1+2?"),  # it leaves the system turn out without a word
+    (PARTS, "1+2?", "<system>SYS<user>1+2?"),
+    (ROLES, CHAT, "<system>base 7<user>2+2?<assistant>4<user>3+5?<assistant>"),
+    (USER_ONLY, CHAT, "<user>base 7\n\n2+2?<user>3+5?"),
+    (ROLES, [CHAT[1], {"role": "assistant", "content": "<think>"}], "<system>SYS<user>2+2?<assistant><think>"),
+    (ROLES + "{{ '<think>\\n' }}", [CHAT[1], {"role": "assistant", "content": "<think>"}],
+     "<system>SYS<user>2+2?<assistant><think>\n"),
+    (None, "1+2?", "3+1+2?="),
+    (None, [CHAT[1], {"role": "assistant", "content": "It is"}], "3+2+2?=It is"),
+    (None, CHAT, "3+system: base 7\n\nuser: 2+2?\n\nassistant: 4\n\nuser: 3+5?="),
+])  # fmt: skip
+def test_a_prompt_contains_all_turns_and_the_system_text(template, question, expected):
     tokenizer = tiny.new_tokenizer()
+    tokenizer.chat_template = template
+    assert prompt(tokenizer, question) == expected
 
-    def asked(system="think"):
-        return tokenizer.decode(data.prompt_ids(tokenizer, "1+2", system, "3+{question}="))
 
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}{{ '?' if add_generation_prompt }}"
-    )
-    unknown = tokenizer.unk_token
-    assert asked().replace(unknown, "").endswith("1+2?") and asked() != asked(system="")
-    tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no System role') }}{% endif %}"
-        + ("{{ messages[0].content }}?")
-    )
-    assert asked("7").endswith("7\n\n1+2?")
-    tokenizer.chat_template = (
-        "{% if messages[0].role != 'user' %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-        + ("{{ messages[0].content }}?")
-    )
-    assert asked("7").endswith("7\n\n1+2?")
-    tokenizer.chat_template = "{{ raise_exception('no turns at all') }}"
-    for system in ("7", ""):
-        with pytest.raises(SystemExit):
-            asked(system)
-        message = error_line(capsys)
-        assert "no turns at all" in message and "--prompt-template" in message
+def test_a_prompt_template_reads_backslash_n_as_a_new_line():
+    tokenizer = tiny.new_tokenizer()
     tokenizer.chat_template = None
-    assert asked() == "3+1+2="
+    assert prompt(tokenizer, "1+2?", template=r"Q: {question}\nA:") == "Q: 1+2?\nA:"
+
+
+@pytest.mark.parametrize("template, told", [
+    ("{{ raise_exception('no turns at all') }}", "no turns at all"), ("", "the prompt is ''"),
+    ("{{ messages[-1].content | replace('1+', '') }}", "leaves out"),
+])  # fmt: skip
+def test_a_template_that_loses_the_question_is_refused_with_the_prompt(template, told, capsys):
+    tokenizer = tiny.new_tokenizer()
+    tokenizer.chat_template = template or "{{ '' }}"
     with pytest.raises(SystemExit):
-        data.encode(config(prompt_template="{q}?"), tiny.new_model(tokenizer, 0), tokenizer, [{"question": "1+2?"}])
+        prompt(tokenizer, "1+2?")
+    message = error_line(capsys)
+    assert told in message and "--prompt-template" in message
+
+
+def encoded(tokenizer, *questions, **options):
+    model = tiny.new_model(tokenizer, 0)
+    return data.encode(config(**options), model, tokenizer, [{"question": q, "answer": "3"} for q in questions])
+
+
+def test_the_default_system_turn_is_left_out_where_the_tokenizer_cannot_write_it(capsys):
+    tokenizer = tiny.new_tokenizer()
+    assert tokenizer.decode(encoded(tokenizer, "1+2?")[0]["prompt_ids"]) == "1+2?"
+    with pytest.raises(SystemExit):  # one that is given is never left out
+        encoded(tokenizer, "1+2?", system="Be brief.")
+    assert "Be brief." in error_line(capsys)
+
+
+def test_prompts_of_unknown_words_are_dropped_and_refused_if_there_is_no_other(capsys):
+    tokenizer = tiny.new_tokenizer()
+    assert len(encoded(tokenizer, "1 + 2?", "What is 1+2?")) == 1 and "1 of 2 rows dropped" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        encoded(tokenizer, "What is 1+2?")
+    assert "'What is 1+2?'" in error_line(capsys)
+
+
+def test_a_prompt_that_has_already_ended_is_refused(capsys):
+    tokenizer = tiny.new_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}<eos>"
+    with pytest.raises(SystemExit):
+        encoded(tokenizer, "1+2?")
+    assert "1+2?<eos>" in error_line(capsys)
+
+
+def test_a_prompt_template_needs_a_place_for_the_question(capsys):
+    tokenizer = tiny.new_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(SystemExit):
+        encoded(tokenizer, "1+2?", prompt_template="{q}?")
     assert "--prompt-template" in error_line(capsys)
+
+
+@pytest.mark.parametrize("question, told", [
+    ({"role": "user", "content": "3+4?"}, "row 1: the question is a dict"), (5, "a int"), (None, "no question"),
+    ([{"role": "user", "content": {"text": "3+4?"}}], "a dict"), ([{"role": "user", "content": 7}], "a int"),
+    ([{"role": "user", "content": [{"type": "image", "url": "a.png"}]}], "a dict"), (["3+4?"], "role and content"),
+    ([{"role": "system", "content": "3+4?"}], "no question"), ("\ud800", "surrogates"),
+])  # fmt: skip
+def test_a_question_that_is_no_text_and_no_chat_is_refused_with_row_and_type(question, told, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"prompt": question, "answer": "7"}])
+    with pytest.raises(SystemExit):
+        data.load_problems(config(dataset=path, eval_rows=0))
+    assert told in error_line(capsys)
+
+
+# --- values stay as they are written ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written, gold, value", [
+    ("1267650600228229401496703205376", "1267650600228229401496703205376", 2**100), ("2.50", "2.50", 2.5),
+    ("9007199254740993", "9007199254740993", 9007199254740993), ("-0", "-0", 0), ('"2024-05-01"', "2024-05-01", None),
+    ("0.1", "0.1", 0.1), ("1e400", "1e400", None), ('"9 (apples)"', "9", "9 (apples)"), ('"x=9"', "x=9", "x=9"),
+])  # fmt: skip
+@pytest.mark.parametrize("ending", ["json", "jsonl", "jsonl.gz"])
+def test_json_keeps_a_gold_as_written_and_gives_a_reward_the_plain_value(written, gold, value, ending, tmp_path):
+    row = f'{{"question": "2024-05-01", "answer": {written}}}'
+    other = '{"question": "b?", "answer": 2.5}'
+    text = f"[{row},\n{other}]" if ending == "json" else f"\ufeff{row}\r\n\r\n{other}\r\n"
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+    problems = data.training_problems(config(dataset=str(path), reward="x.py:f"))
+    golds = {problem["question"]: problem for problem in data.usable("", problems, with_answer=False)}
+    assert golds["b?"]["answer"] == "2.5"
+    if value is not None:
+        assert golds["2024-05-01"]["row"]["answer"] == value
+        problems = data.training_problems(config(dataset=str(path)))
+        assert {p["question"]: p["answer"] for p in problems}["2024-05-01"] == gold
+
+
+@pytest.mark.parametrize("answer", [
+    '"proof"', '"notfound"', '"None"', "null", "NaN", '"N/A"', '"\\\\boxed{\\\\text{Proof.}}"',
+    '"not found"', '"#### null"', '"-"',
+])  # fmt: skip
+def test_golds_that_say_that_there_is_none_are_dropped_and_counted(answer, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"question": "a?", "answer": {answer}}}\n{{"question": "b?", "answer": 3}}\n')
+    train, _ = data.load_problems(config(dataset=str(path), eval_rows=0))
+    assert [problem["answer"] for problem in train] == ["3"] and "1 of 2 rows dropped" in capsys.readouterr().out
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"question": "b?", "answer": 3}\n{"question": "a?", "answer": 1, "answer": 2}\n')
+    with pytest.raises(SystemExit):
+        data.load_problems(config(dataset=str(tmp_path / "a.jsonl"), eval_rows=0))
+    assert "line 2: the key 'answer' comes twice" in error_line(capsys)
+
+
+def test_float32_of_parquet_is_its_shortest_decimal_and_bytes_are_refused(tmp_path, capsys):
+    import datasets
+
+    features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.Value("float32")})
+    datasets.Dataset.from_dict({"question": ["a?"], "answer": [0.1]}, features).to_parquet(tmp_path / "a.parquet")
+    (problem,) = data.training_problems(config(dataset=str(tmp_path / "a.parquet")))
+    assert problem["answer"] == "0.1" and isinstance(problem["row"]["answer"], float)
+    datasets.Dataset.from_dict({"question": [b"a?"], "answer": [b"7"]}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(SystemExit):
+        data.training_problems(config(dataset=str(tmp_path / "b.parquet")))
+    assert "row 1: the question is a bytes" in error_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["rows[1].jsonl", "rows[1].parquet", "rows*?.json", "saved[1]", "folder[1]"])
+def test_a_path_is_a_path_and_no_pattern(name, tmp_path):
+    import datasets
+
+    (tmp_path / "rows1.jsonl").write_text('{"question": "FROM ANOTHER FILE", "answer": "99"}\n')
+    rows = datasets.Dataset.from_list([{"question": "1+1?", "answer": "2"}])
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        rows.to_parquet(path)
+    elif name.startswith("rows"):
+        write(path, list(rows))
+    elif name.startswith("saved"):
+        rows.save_to_disk(path)
+    else:
+        path.mkdir()
+        write(path / "train.jsonl", list(rows))
+    for problems in (data.load_problems(config(dataset=str(path), eval_rows=0))[0],
+                     data.load_problems(config(eval_dataset=str(path), splits="train,train"))[1]):  # fmt: skip
+        assert [problem["question"] for problem in problems] == ["1+1?"]

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from harness.policy import load_policy
 from helpers import call, error_line, lines, refused, rollout_of, score, trainer_of
 from safetensors.torch import load_file
 
 import common
 import grpo
-from harness import data, distributed, lora, tiny
+from harness import decoder, lora, tiny
+from harness.model import load_model, load_policy
 from harness.options import RunConfig, resolve_defaults
 
 pytest.importorskip("peft")
@@ -52,10 +52,10 @@ def test_new_adapters_change_nothing_and_are_the_same_for_the_same_seed(toy, loa
     base = rollout_of(*loaded)
     rollout = rollout_of(model, tokenizer)
     assert torch.equal(base.completion_ids, rollout.completion_ids) and torch.equal(base.logprobs, rollout.logprobs)
-    first = lora.full_adapters(model)
+    first = lora.adapters(model)
     torch.rand(1)
-    again = lora.full_adapters(with_adapters(toy)[0])
-    other = lora.full_adapters(with_adapters(toy, seed=1)[0])
+    again = lora.adapters(with_adapters(toy)[0])
+    other = lora.adapters(with_adapters(toy, seed=1)[0])
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -63,7 +63,7 @@ def test_new_adapters_change_nothing_and_are_the_same_for_the_same_seed(toy, loa
 def test_every_linear_layer_but_the_head_has_an_adapter_and_nothing_else_is_trained(toy):
     model, _ = with_adapters(toy)
     adapted = {name for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
-    plain, _ = data.load_model(str(toy), CPU)
+    plain, _ = load_model(str(toy), CPU)
     linear = {name for name, layer in plain.named_modules() if isinstance(layer, torch.nn.Linear)}
     assert adapted == linear - {"lm_head"} and len(adapted) == 3 * 7
     assert all(".lora_A." in name or ".lora_B." in name for name in lora.adapters(model))
@@ -78,7 +78,7 @@ def test_a_step_moves_the_adapters_and_leaves_the_base_alone(gradient_checkpoint
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     t = trainer_of(model, tokenizer, lora_rank=4, optimizer=optimizer, lr=1e-2)
     train_once(t, rollout_of(model, tokenizer))
-    assert t.update_metrics["skipped_updates"] == 0
+    assert t.metrics_of_update()["skipped_updates"] == 0
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != (".lora_" in name), name
 
@@ -109,8 +109,8 @@ def test_the_reference_is_the_base_and_the_same_numbers_as_a_separate_copy(toy):
     disturb(model)
     rollout = rollout_of(model, tokenizer)
     without_copy = trainer_of(model, tokenizer, lora_rank=4).reference_logprobs(rollout)
-    full = trainer_of(*data.load_model(str(toy), CPU))
-    full.source = str(toy)
+    full = trainer_of(*load_model(str(toy), CPU))
+    full.base_name = str(toy)
     assert torch.equal(without_copy, full.reference_logprobs(rollout))
     assert (score(model, rollout)[0] - without_copy).abs().max() > 0.01  # the adapters are on again
 
@@ -120,7 +120,7 @@ def test_the_reference_is_the_base_and_the_same_numbers_as_a_separate_copy(toy):
 
 def bf16_base(toy):
     """The toy base as a GPU would hold it: bf16, with disturbed adapters in float32."""
-    model, tokenizer = data.load_model(str(toy), CPU, dtype=lora.base_dtype(torch.device("cuda")))
+    model, tokenizer = load_model(str(toy), CPU, dtype=lora.base_dtype(torch.device("cuda")))
     lora.prepare(model, RunConfig(lora_rank=4), str(toy))
     disturb(model)
     return model, tokenizer
@@ -130,12 +130,12 @@ def test_a_bf16_base_trains_float32_adapters(toy, monkeypatch):
     model, tokenizer = bf16_base(toy)
     assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
     assert {p.dtype for p in lora.adapters(model).values()} == {torch.float32}
-    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
-    before = {name: weight.clone() for name, weight in lora.full_adapters(model).items()}
+    monkeypatch.setattr(decoder, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    before = {name: weight.clone() for name, weight in lora.adapters(model).items()}
     t = trainer_of(model, tokenizer, lora_rank=4, lr=1e-3)
     train_once(t, rollout_of(model, tokenizer))
-    assert t.update_metrics["sampling_logp_difference"] < 0.05 and t.update_metrics["skipped_updates"] == 0
-    assert all(not torch.equal(weight, before[name]) for name, weight in lora.full_adapters(model).items())
+    assert t.metrics_of_update()["sampling_logp_difference"] < 0.05 and t.metrics_of_update()["skipped_updates"] == 0
+    assert all(not torch.equal(weight, before[name]) for name, weight in lora.adapters(model).items())
 
 
 def test_merging_into_a_bf16_base_loses_nothing(toy, tmp_path):
@@ -143,7 +143,7 @@ def test_merging_into_a_bf16_base_loses_nothing(toy, tmp_path):
 
     model, _ = bf16_base(toy)
     base = {name: weight.float() for name, weight in model.state_dict().items()}
-    lora.save_merged(model, distributed.full_weights(model), tmp_path)
+    lora.save_merged(model, tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     name = "model.layers.1.mlp.down_proj"
     A = base[f"{name}.lora_A.default.weight"]
@@ -232,7 +232,7 @@ def test_without_peft_it_is_refused_in_one_line(small, tmp_path, monkeypatch, ca
 def test_a_resumed_run_keeps_its_optimizer_and_its_adapters(small, tmp_path, monkeypatch, capsys):
     call(monkeypatch, "grpo", *small("--name", "r", "--lora-rank", 4, "--steps", 1))
     capsys.readouterr()
-    for option, value in (("--lora-rank", "8"), ("--lora-rank", "0"), ("--lora-alpha", "8"), ("--optimizer", "sgd")):
+    for option, value in (("--lora-rank", "8"), ("--lora-rank", "0"), ("--optimizer", "sgd")):
         message = refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), option, value, name="grpo")
         assert f"{option} {value}" in message
 
@@ -242,7 +242,7 @@ def test_adapters_go_back_to_their_own_base_alone(small, toy, tmp_path, monkeypa
     call(monkeypatch, "grpo", *small("--name", "r", "--lora-rank", 4, "--steps", 1))
     moved = tmp_path / "moved"
     (tmp_path / "other").mkdir()
-    model, tokenizer = data.load_model(str(toy), CPU)
+    model, tokenizer = load_model(str(toy), CPU)
     model.save_pretrained(moved)
     tokenizer.save_pretrained(moved)
     other = tiny.new_model(tokenizer, seed=1)

@@ -17,7 +17,7 @@ import torch
 from helpers import SCRIPTS, call, error_line, lines, needs_peft, refused
 from safetensors.torch import load_file
 
-from harness import files, rewards, stop
+from harness import files, reporting, rewards, stop
 from harness import run as run_module
 
 pytestmark = pytest.mark.slow
@@ -265,7 +265,9 @@ def test_other_errors_are_not_swallowed(tmp_path):
 
 
 @pytest.mark.parametrize("phase, step", [("evaluate", 0), ("log", 2)])
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1),
+])  # fmt: skip
 def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(
     number, status, phase, step, small, tmp_path, monkeypatch
 ):
@@ -322,6 +324,70 @@ def test_a_tracker_that_is_not_installed_is_refused(small, tmp_path, monkeypatch
     assert "--track wandb" in refused(monkeypatch, capsys, tmp_path, *small("--track", "wandb"))
 
 
+def tracker(monkeypatch, **functions):
+    """Puts these functions into the place of wandb."""
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**functions))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+def failing(**keywords):
+    raise RuntimeError("No API key configured.")
+
+
+def test_a_tracker_that_cannot_start_is_refused_before_the_run(small, tmp_path, monkeypatch, capsys):
+    tracker(monkeypatch, init=failing)
+    assert "--track wandb: No API key" in refused(monkeypatch, capsys, tmp_path, *small("--track", "wandb"))
+
+
+def test_a_tracker_that_fails_later_is_one_warning(small, tmp_path, monkeypatch, capsys):
+    tracker(monkeypatch, init=lambda **_: None, log=lambda metrics, step: failing())
+    call(monkeypatch, "grpo", *small("--track", "wandb", "--name", "r"))
+    assert capsys.readouterr().err.count("warning: --track wandb: No API key") == 1
+    assert len(lines(tmp_path / "r" / "metrics.jsonl")) == 2
+
+
+def test_resuming_touches_only_what_a_run_writes(small, tmp_path, monkeypatch):
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 1))
+    folder = tmp_path / "r"
+    (folder / "notes.jsonl").write_text('{"step": 0}\n# mine\n{"step": 9}\n')
+    for mine in (".git-abcdefgh", ".vscode-x", "checkpoint-01", "checkpoint-old"):
+        (folder / mine).mkdir()
+    (folder / "checkpoint-7").write_text("mine")
+    (folder / ".checkpoint-3-abcdefgh").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    call(monkeypatch, "grpo", "--resume", str(folder), "--steps", "2")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (folder / "notes.jsonl").read_text().count("\n") == 3 and not (folder / ".checkpoint-3-abcdefgh").exists()
+    kept = (".git-abcdefgh", ".vscode-x", "checkpoint-01", "checkpoint-old", "checkpoint-7", "checkpoint-2")
+    assert all((folder / name).exists() for name in kept)
+
+
+@pytest.mark.parametrize("content", ["[{", "{}", "[1]", '[{"step": 0}]', "null"])
+def test_a_damaged_evaluation_is_refused_in_one_line(content, small, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 1))
+    (tmp_path / "r" / "eval.json").write_text(content)
+    capsys.readouterr()
+    assert "eval.json" in refused(monkeypatch, capsys, tmp_path, "--resume", str(tmp_path / "r"), name="grpo")
+
+
+def test_the_best_model_is_kept_and_a_worse_end_is_a_warning(small, tmp_path, monkeypatch, capsys):
+    means = iter([0.5, 0.9, 0.1])
+    evaluate = reporting.evaluate
+
+    def made_up(greedy, sampled, k):
+        mean = next(means)
+        return {**evaluate(greedy, sampled, k), "mean@2": mean, "mean@2_ci": (mean - 0.1, mean + 0.1)}
+
+    monkeypatch.setattr(reporting, "evaluate", made_up)
+    call(monkeypatch, "grpo", *small("--name", "r", "--steps", 2, "--eval-every", 1, "--lr", 0.1, "--save-every", 1))
+    printed = capsys.readouterr()
+    marked = [line.split()[0] for line in printed.out.splitlines() if line.endswith("<- best/")]
+    assert marked == ["1"] and "worse than after step 1" in printed.err and "best/" in printed.err
+    best, last = (load_file(tmp_path / "r" / name / "model.safetensors") for name in ("best", "model"))
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
 def test_a_tracker_gets_every_step(small, tmp_path, monkeypatch):
     got, configs = [], []
     fake = SimpleNamespace(
@@ -330,6 +396,5 @@ def test_a_tracker_gets_every_step(small, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "trackio", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    call(monkeypatch, "grpo", *small("--track", "trackio", "--no-save-plots"))
+    call(monkeypatch, "grpo", *small("--track", "trackio"))
     assert [step for step, _ in got] == [1, 2] and configs[0]["group_size"] == 4
-    assert not (tmp_path / "grpo-1" / "curves.png").exists()

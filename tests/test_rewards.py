@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ROOT, SCRIPTS, call, lines, refused
 
-from harness import health, rewards
+from harness import reporting, rewards
 
 OWN = """
 from dataclasses import dataclass
@@ -177,12 +177,12 @@ WELL = {"completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.5, "reward/p
 
 @pytest.mark.parametrize("name, option, history", [
     ("cut_off", "--max-new-tokens", [{"completions/clipped_ratio": 0.31}]),
-    ("no_signal", "--group-size", [{"frac_reward_zero_std": 1.0}] * 3),
+    ("no_signal", "--group-size", [{"frac_reward_zero_std": 0.9}] * 3),
     ("unreadable", "--prompt-template", [{"reward/parse_failed": 0.51}]),
     ("no_entropy", "--lr", [{}, {"entropy": 0.0039}]),
 ])  # fmt: skip
 def test_each_trouble_has_a_warning_that_names_the_option(name, option, history):
-    found = health.find([{**WELL, **metrics} for metrics in history])
+    found = reporting.warnings([{**WELL, **metrics} for metrics in history])
     assert list(found) == [name] and option in found[name] and "\n" not in found[name]
 
 
@@ -192,7 +192,7 @@ def test_each_trouble_has_a_warning_that_names_the_option(name, option, history)
     [{}, {"entropy": 0.0041}],
 ])  # fmt: skip
 def test_a_run_within_bounds_has_no_warning(history):
-    assert health.find([{**WELL, **metrics} for metrics in history]) == {}
+    assert reporting.warnings([{**WELL, **metrics} for metrics in history]) == {}
 
 
 def test_a_warning_is_given_once_also_after_resuming(small, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: what they write, what they refuse, and that the suite notices a broken one."""
 
+import contextlib
 import json
 import math
 import os
@@ -127,7 +128,7 @@ def test_a_row_without_question_or_answer_is_refused(row, small, tmp_path, monke
     data.write_text('{"question": "1+2?", "answer": "3"}\n' + row + "\n")
     out.mkdir()
     message = refused(monkeypatch, capsys, out, *small("--out", out, "--dataset", data))
-    assert "--dataset" in message and ("line 2" in message or "in row" in message)
+    assert "--dataset" in message and ("line 2" in message or "row 2" in message)
 
 
 @pytest.mark.slow
@@ -145,6 +146,48 @@ def test_ctrl_c_keeps_metrics_and_model(small, tmp_path):
     steps = [row["step"] for row in lines(metrics)]
     assert steps == list(range(1, len(steps) + 1))
     assert (tmp_path / "long" / f"checkpoint-{steps[-1]}" / "model.safetensors").exists()
+
+
+def environment(**variables):
+    return {**os.environ, **variables}
+
+
+@pytest.mark.slow
+def test_prints_survive_a_closed_pipe_and_a_terminal_without_unicode(small, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "答案是四"}\n' * 2)
+    command = [sys.executable, "-u", ROOT / "grpo.py", *small("--dataset", data, "--eval-rows", 0, "--name", "r")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(PYTHONIOENCODING="ascii")
+    )
+    assert b"dropped" in process.stdout.readline()
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read() and process.wait(60) == 0
+    assert (tmp_path / "r" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_closed_terminal_saves_and_ends_the_run(small, tmp_path):
+    import pty
+
+    command = [sys.executable, str(ROOT / "grpo.py"), *small("--name", "r", "--steps", 10000)]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, command)
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    os.set_blocking(terminal, False)
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text():
+            break
+        time.sleep(0.1)
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 100_000)
+    os.close(terminal)  # the kernel sends SIGHUP, and writing to the terminal is an error from now on
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    last = lines(metrics)[-1]["step"]
+    assert (tmp_path / "r" / f"checkpoint-{last}" / "state.pt").exists()
 
 
 @pytest.mark.parametrize("name", METHODS)
