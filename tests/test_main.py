@@ -1,18 +1,16 @@
 """main() of each method: one step on a fixed rollout, and the gradient that reaches the optimizer. It must be that of
 plain loops over the full logits, with the defaults and with every option changed in turn."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import plain
 import pytest
 import torch
 from helpers import METHODS, MORE, T, call, naive_score, rollout_of
-from test_methods import DEFAULTS
-
 from common import concatenate
 from harness import trainer
 
-SHARED = {"minibatches": 1, "temperature": 1.0, "max_grad_norm": 1.0}
 SIZE = {"n_prompts": 4, "group_size": 4, "max_new_tokens": T, "steps": 1, "eval_rows": 0}
 
 # One value of each option that is not its default.
@@ -24,22 +22,22 @@ CHANGES = {
     "egsw": dict(advantage=["dr_grpo", "rloo"], alpha=[0.0, 2.0], weight_temperature=[0.5], step_wise=[False],
                  mean_one=[False], clip_low=[0.05], clip_high=[0.05], kl_coef=[0.3],
                  reduction=["sequence", "constant"]),
-    "gtpo": dict(alpha1=[0.4], alpha2=[0.0, 0.7], compare=["row", "matrix"], mean=["geometric"], scope=["batch"],
-                 normalize=["own"], entropy_min=[0.4], entropy_max=[0.6], overlong_gamma=[0.75], clip_low=[0.05],
+    "gtpo": dict(alpha1=[0.4], alpha2=[0.0, 0.7], entropy_baseline=["row", "matrix"], entropy_mean=["geometric"],
+                 compare_over=["batch"], normalize_over=["outcome"], entropy_min=[0.4], entropy_max=[0.6], overlong_gamma=[0.75], clip_low=[0.05],
                  clip_high=[0.05], reduction=["sequence", "constant"]),
-    "grpo_s": dict(beta1=[0.4], beta2=[0.0, 0.7], mean=["geometric"], entropy_min=[0.7], ratio=["arithmetic"],
+    "grpo_s": dict(beta1=[0.4], beta2=[0.0, 0.7], entropy_mean=["geometric"], entropy_min=[0.7], ratio_mean=["arithmetic"],
                    clip_low=[0.001], clip_high=[0.001], reduction=["token", "constant"]),
-    "forking": dict(advantage=["rloo"], rho=[0.5, 1.0], clip_low=[0.05], clip_high=[0.05], reduction=["sequence"]),
-    "cov": dict(advantage=["rloo"], kind=["kl"], share=[0.05], lower=[0.5], upper=[0.5], penalty=[3.0],
+    "forking": dict(rho=[0.5, 1.0], clip_low=[0.05], clip_high=[0.05], reduction=["sequence"]),
+    "cov": dict(variant=["kl"], share=[0.05], lower=[0.5], upper=[0.5], penalty=[3.0],
                 clip_low=[0.05], clip_high=[0.05], reduction=["sequence"]),
-    "entropy_advantage": dict(advantage=["rloo"], alpha=[2.0], kappa=[8.0], clip_low=[0.05], clip_high=[0.05],
+    "entropy_advantage": dict(alpha=[2.0], kappa=[8.0], clip_low=[0.05], clip_high=[0.05],
                               reduction=["sequence"]),
     "quantile": dict(quantile=[0.2, 1.0], clip_low=[0.01], clip_high=[0.05], reduction=["sequence"]),
-    "cispo": dict(advantage=["rloo"], clip_high=[0.05], reduction=["sequence"]),
+    "cispo": dict(clip_high=[0.05], reduction=["sequence"]),
 }  # fmt: skip
 # What a case is compared with, so that old log-probs differ, clipping acts, and Clip-Cov chooses among many tokens.
-BASES = {"dapo": dict(minibatches=4), "cov": dict(minibatches=2, share=0.2, lower=0.0)}
-NEEDED = {("cov", "penalty"): dict(kind="kl"), ("quantile", "clip_low"): dict(quantile=0.6)}  # so that the option acts
+BASES = {"dapo": dict(minibatches=4), "cov": dict(minibatches=4, share=0.2, lower=0.0)}
+NEEDED = {("cov", "penalty"): dict(variant="kl"), ("quantile", "clip_low"): dict(quantile=0.6)}  # so that the option acts
 EVERYWHERE = dict(temperature=[0.7], minibatches=[2], max_grad_norm=[0.01])
 CASES = [
     (name, option, value)
@@ -84,8 +82,8 @@ def gradients_of_main(name, options, rollouts, toy, toy_data, tmp_path, monkeypa
     steps = []
     score = trainer.Trainer.score
 
-    def moved_score(self, token_logprobs, rollout, plan):
-        logprobs = score(self, token_logprobs, rollout, plan)
+    def moved_score(self, model, rollout, plans):
+        logprobs = score(self, model, rollout, plans)
         return (logprobs + noise(logprobs.shape, 1, 0.15)) * rollout.mask if off_policy else logprobs
 
     def capture(optimizer, *_):
@@ -130,7 +128,7 @@ def dapo_batch(rollouts, n_prompts, max_rounds):
 def plain_advantages(name, o, r):
     """[B][T]; EGSW's are without its weights."""
     if name in ("grpo", "egsw", "cov", "cispo"):
-        return plain.spread(plain.grpo_advantages(r.rewards, r.group, o.advantage), r.mask)
+        return plain.spread(plain.grpo_advantages(r.rewards, r.group, getattr(o, "advantage", "grpo")), r.mask)
     if name == "dapo":
         A = plain.dapo_advantages(r.rewards, r.mask, r.group, T, o.overlong_cache * T)
         return plain.spread(A, r.mask)
@@ -138,20 +136,20 @@ def plain_advantages(name, o, r):
         lengths = [plain.n_tokens(r.mask, i) for i in range(len(r.rewards))]
         extra = o.overlong_gamma and plain.gtpo_punishment(r.rewards, lengths, r.group, o.overlong_gamma)
         shaped = plain.gtpo_shaped(
-            r.rewards, r.entropy, r.mask, r.group, o.alpha1, o.alpha2, o.compare, o.mean, o.scope,
+            r.rewards, r.entropy, r.mask, r.group, o.alpha1, o.alpha2, o.entropy_baseline, o.entropy_mean, o.compare_over,
             o.entropy_min, o.entropy_max, extra,
         )  # fmt: skip
-        return plain.gtpo_advantages(*shaped, r.rewards, r.mask, r.group, o.scope, o.normalize)
+        return plain.gtpo_advantages(*shaped, r.rewards, r.mask, r.group, o.compare_over, o.normalize_over)
     if name == "forking":
-        A = plain.spread(plain.grpo_advantages(r.rewards, r.group, o.advantage), r.mask)
+        A = plain.spread(plain.grpo_advantages(r.rewards, r.group, getattr(o, "advantage", "grpo")), r.mask)
         kept = plain.forking_tokens(r.entropy, A, o.rho)
         return [[a * k for a, k in zip(*rows, strict=True)] for rows in zip(A, kept, strict=True)]
     if name == "entropy_advantage":
-        A = plain.grpo_advantages(r.rewards, r.group, o.advantage)
+        A = plain.grpo_advantages(r.rewards, r.group, getattr(o, "advantage", "grpo"))
         return plain.shaped_by_entropy(A, r.entropy, r.mask, o.alpha, o.kappa)
     if name == "quantile":
         return plain.spread(plain.quantile_advantages(r.rewards, r.group, o.quantile), r.mask)
-    shaped = plain.grpo_s_shaped(r.rewards, r.entropy, r.mask, r.group, o.beta1, o.beta2, o.mean, o.entropy_min)
+    shaped = plain.grpo_s_shaped(r.rewards, r.entropy, r.mask, r.group, o.beta1, o.beta2, o.entropy_mean, o.entropy_min)
     return plain.spread(plain.grpo_s_advantages(shaped, r.rewards, r.group), r.mask)
 
 
@@ -159,14 +157,18 @@ def plain_objective(name, o, w, logprob, A, chosen):
     """What a token adds to the objective, without a KL to the starting model. w, logprob: scalar tensors."""
     if name == "cispo":
         return min(w.item(), 1 + o.clip_high) * A * logprob
-    if name == "cov" and o.kind == "kl":
+    if name == "cov" and o.variant == "kl":
         return w * A - o.penalty * chosen * w.log().abs()
     return 0 * w if chosen else plain.clipped(w, A, o.clip_low, o.clip_high)
 
 
+def defaults(name):
+    return {field.name: field.default for field in fields(METHODS[name].Config)}
+
+
 def plain_gradients(name, options, rollouts, model, off_policy):
     """The gradient of each optimizer step, in float64."""
-    o = SimpleNamespace(**SHARED | DEFAULTS[name] | options)
+    o = SimpleNamespace(**defaults(name) | options)
     if name == "dapo":
         groups = dapo_batch(rollouts, SIZE["n_prompts"], o.max_rounds)
         r = concatenate([rollout.select(torch.tensor(rows)) for rollout, rows in groups])
@@ -182,7 +184,7 @@ def plain_gradients(name, options, rollouts, model, off_policy):
     chosen = [[False] * T for _ in A]
     if name == "cov":
         uniforms = torch.rand(r.mask.shape, generator=torch.Generator().manual_seed(0))
-        chosen = plain.cov_chosen(A, r.logprobs, uniforms, o.kind, o.share, o.lower, o.upper)
+        chosen = plain.cov_chosen(A, r.logprobs, uniforms, o.variant, o.share, o.lower, o.upper)
     if name == "dapo" and o.overlong_filter:
         kept = r.finished.nonzero().squeeze(1)
         A = [A[i] for i in kept.tolist()]
@@ -190,12 +192,12 @@ def plain_gradients(name, options, rollouts, model, off_policy):
 
     reference = (r.logprobs + noise(r.mask.shape, 2, 0.4)) * r.mask
     steps = []
-    for rows in torch.arange(len(r)).tensor_split(o.minibatches):
+    for minibatch, rows in enumerate(torch.arange(len(r)).tensor_split(o.minibatches)):
         part = r.select(rows)
         model.zero_grad()
         logprobs, _ = naive_score(model, part, o.temperature)
         old = logprobs.detach()
-        if off_policy:
+        if off_policy and minibatch > 0:  # the rows of the first minibatch are scored once
             old = old + noise(r.mask.shape, 1, 0.15)[rows]
         per_token = []
         for k, i in enumerate(rows.tolist()):
@@ -203,7 +205,7 @@ def plain_gradients(name, options, rollouts, model, off_policy):
             log_ratio = [logprobs[k, t] - old[k, t] for t in range(n)]
             if name != "grpo_s":
                 ratio = [x.exp() for x in log_ratio]
-            elif o.ratio == "geometric":
+            elif o.ratio_mean == "geometric":
                 ratio = [(sum(log_ratio) / n).exp()] * n
             else:
                 ratio = [sum(x.exp() for x in log_ratio) / n] * n
@@ -250,13 +252,13 @@ def compared(loaded, toy, toy_data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_with_its_defaults_main_takes_the_gradient_of_the_formula(name, compared):
     (first, *others) = compared(name, {}, off_policy=False)
-    assert first.norm() > 0 and len(others) + 1 == DEFAULTS[name].get("minibatches", 1)
+    assert first.norm() > 0 and len(others) + 1 == defaults(name)["minibatches"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "option", "value"), CASES)
 def test_every_option_changes_the_gradient_as_the_formula_says(name, option, value, compared):
-    base = BASES.get(name, {"minibatches": 2}) | NEEDED.get((name, option), {})
+    base = BASES.get(name, {"minibatches": 4}) | NEEDED.get((name, option), {})
     if option == "minibatches":
         base = {}
     options = base | {option: value}
