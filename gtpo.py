@@ -121,20 +121,19 @@ def shaped_rewards(
 
     rewards, group, punishment: [B]; entropy (nats), mask: [B, T].
     """
-    rewards = rewards.float()
-    punishment = punishment.float()
     mask = mask.float()
+    reward_of_right = (rewards + punishment).float()
     H = torch.where(mask > 0, entropy.detach().float(), 1.0).clamp(entropy_min, entropy_max)  # padding may hold NaN
     reward_plus = torch.zeros_like(H)
     reward_minus = torch.zeros_like(H)
     for rows in comparison_sets(rewards, mask, group, compare_over):
         right = rows & (rewards > 0.5)
         bonus = relative_to_mean(H[right], mask[right], entropy_baseline, entropy_mean)
-        reward_plus[right] = alpha1 * (rewards + punishment)[right, None] + alpha2 * bonus  # (2)
+        reward_plus[right] = alpha1 * reward_of_right[right, None] + alpha2 * bonus  # (2)
 
         wrong = rows & (rewards <= 0.5)
         penalty = relative_to_mean(1 / H[wrong], mask[wrong], entropy_baseline, entropy_mean)
-        reward_minus[wrong] = alpha1 * (punishment - 1)[wrong, None] - alpha2 * penalty  # (3)
+        reward_minus[wrong] = alpha1 * (punishment - 1).float()[wrong, None] - alpha2 * penalty  # (3)
     return reward_plus * mask, reward_minus * mask
 
 
