@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import common
 import grpo
 import verifier
-from harness import data, decoder, onednn, tiny
+from harness import data, decoder, tiny
 from harness.options import RunConfig
 from harness.trainer import Trainer
 
@@ -62,14 +62,11 @@ def row(title: str, unit: str, ours: list[float], other_name: str, other: list[f
     return dict(zip(keys, (title, unit, medians[0], other_name, medians[1], *spread), strict=True))
 
 
-def load(base: str, ours: bool):
-    """The checkpoint as the scripts load it, or else as transformers does."""
+def load(base: str):
+    """Model and tokenizer of a checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if ours:
-        onednn.use(model)
-    return model, AutoTokenizer.from_pretrained(base)
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
 
 
 def reward_of(text: str, problem: dict) -> float:
@@ -78,7 +75,7 @@ def reward_of(text: str, problem: dict) -> float:
 
 def bench_rollout(base: str, runs: int) -> list[dict]:
     """Completion tokens a second against model.generate: same prompts, group size, temperature and stop rule."""
-    _, tokenizer = load(base, ours=True)
+    _, tokenizer = load(base)
     problems = tiny.problems(Q, 0, held_out=True)
     prompts = tokenizer([p["question"] for p in problems])["input_ids"]
     return sampling_rows("rollout, tiny, 32 x 8", base, problems, prompts, G, T, True, ["dynamic"], runs)
@@ -103,8 +100,8 @@ def sampling_rows(title, base, problems, prompts, group_size, max_tokens, stops,
     """A row of common.sample against generate with each kind of cache. stops: whether EOS ends a completion."""
     from transformers import GenerationConfig
 
-    our_model, tokenizer = load(base, ours=True)
-    their_model, _ = load(base, ours=False)
+    our_model, tokenizer = load(base)
+    their_model, _ = load(base)
     eos = tokenizer.eos_token_id
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     seen: dict[str, list[tuple]] = {}
@@ -158,7 +155,7 @@ def bench_step(base: str, runs: int) -> list[dict]:
     answers = {p["question"]: p["answer"] for p in problems}
 
     def ours(seconds: list[float], steps: int) -> float:
-        model, tokenizer = load(base, ours=True)
+        model, tokenizer = load(base)
         encoded = [{**p, "prompt_ids": tokenizer(p["question"])["input_ids"]} for p in problems]
         cfg = RunConfig(n_prompts=Q, group_size=G, max_new_tokens=T, lr=1e-6, token_budget=2048)
         trainer = Trainer(cfg, model, tokenizer, encoded, base)
@@ -179,7 +176,7 @@ def bench_step(base: str, runs: int) -> list[dict]:
         return statistics.mean(rewards)
 
     def trl(seconds: list[float], steps: int, micro: int) -> float:
-        model, tokenizer = load(base, ours=False)
+        model, tokenizer = load(base)
         rewards = []
 
         def reward(prompts, completions, **_):

@@ -14,8 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from harness import onednn
-
 # How many logits (tokens x vocabulary) exist at a time. Large matrix products are faster, above all on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 # The key-value cache of `sample` gets memory for this many new tokens at a time.
@@ -151,7 +149,7 @@ def logits_and_slope(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits after scale, soft cap and temperature, float32 [N, V]; and the slope of the soft cap there, if any [N, V].
     hidden [N, D], weight [V, D], bias [V] or None."""
-    z = onednn.linear(hidden, weight, bias).float()
+    z = torch.nn.functional.linear(hidden, weight, bias).float()
     slope = None
     if scale != 1.0:
         z.mul_(scale)
@@ -234,7 +232,7 @@ class HeadLogprobs(torch.autograd.Function):
             if slope is not None:
                 dy.mul_(slope)
             dy = dy.to(ctx.dtype)
-            d_hidden[chunk] = onednn.linear(dy, weight_lowp.T).to(d_hidden.dtype)
+            d_hidden[chunk] = (dy @ weight_lowp).to(d_hidden.dtype)
             if d_weight is not None and ctx.dtype == d_weight.dtype:
                 d_weight.addmm_(dy.T, h)  # without a second tensor of this size; it needs equal types
             elif d_weight is not None:

@@ -8,7 +8,7 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer
 
 import common
-from harness import lora, onednn
+from harness import lora
 from harness.options import RunConfig, fail, first_line
 
 
@@ -62,7 +62,6 @@ def load_model(
              "Give a local folder instead if the hub is out of reach.")  # fmt: skip
     finally:
         logging.set_verbosity(verbosity)
-    onednn.use(model)
     return model, tokenizer
 
 

@@ -8,6 +8,7 @@ import plain
 import pytest
 import torch
 from helpers import METHODS, MORE, T, call, naive_score, rollout_of
+
 from common import concatenate
 from harness import trainer
 
@@ -23,9 +24,11 @@ CHANGES = {
                  mean_one=[False], clip_low=[0.05], clip_high=[0.05], kl_coef=[0.3],
                  reduction=["sequence", "constant"]),
     "gtpo": dict(alpha1=[0.4], alpha2=[0.0, 0.7], entropy_baseline=["row", "matrix"], entropy_mean=["geometric"],
-                 compare_over=["batch"], normalize_over=["outcome"], entropy_min=[0.4], entropy_max=[0.6], overlong_gamma=[0.75], clip_low=[0.05],
+                 compare_over=["batch"], normalize_over=["outcome"], entropy_min=[0.4], entropy_max=[0.6],
+                 overlong_gamma=[0.75], clip_low=[0.05],
                  clip_high=[0.05], reduction=["sequence", "constant"]),
-    "grpo_s": dict(beta1=[0.4], beta2=[0.0, 0.7], entropy_mean=["geometric"], entropy_min=[0.7], ratio_mean=["arithmetic"],
+    "grpo_s": dict(beta1=[0.4], beta2=[0.0, 0.7], entropy_mean=["geometric"], entropy_min=[0.7],
+                   ratio_mean=["arithmetic"],
                    clip_low=[0.001], clip_high=[0.001], reduction=["token", "constant"]),
     "forking": dict(rho=[0.5, 1.0], clip_low=[0.05], clip_high=[0.05], reduction=["sequence"]),
     "cov": dict(variant=["kl"], share=[0.05], lower=[0.5], upper=[0.5], penalty=[3.0],
@@ -37,7 +40,10 @@ CHANGES = {
 }  # fmt: skip
 # What a case is compared with, so that old log-probs differ, clipping acts, and Clip-Cov chooses among many tokens.
 BASES = {"dapo": dict(minibatches=4), "cov": dict(minibatches=4, share=0.2, lower=0.0)}
-NEEDED = {("cov", "penalty"): dict(variant="kl"), ("quantile", "clip_low"): dict(quantile=0.6)}  # so that the option acts
+NEEDED = {
+    ("cov", "penalty"): dict(variant="kl"),
+    ("quantile", "clip_low"): dict(quantile=0.6),
+}  # so that the option acts
 EVERYWHERE = dict(temperature=[0.7], minibatches=[2], max_grad_norm=[0.01])
 CASES = [
     (name, option, value)
@@ -136,8 +142,8 @@ def plain_advantages(name, o, r):
         lengths = [plain.n_tokens(r.mask, i) for i in range(len(r.rewards))]
         extra = o.overlong_gamma and plain.gtpo_punishment(r.rewards, lengths, r.group, o.overlong_gamma)
         shaped = plain.gtpo_shaped(
-            r.rewards, r.entropy, r.mask, r.group, o.alpha1, o.alpha2, o.entropy_baseline, o.entropy_mean, o.compare_over,
-            o.entropy_min, o.entropy_max, extra,
+            r.rewards, r.entropy, r.mask, r.group, o.alpha1, o.alpha2, o.entropy_baseline, o.entropy_mean,
+            o.compare_over, o.entropy_min, o.entropy_max, extra,
         )  # fmt: skip
         return plain.gtpo_advantages(*shaped, r.rewards, r.mask, r.group, o.compare_over, o.normalize_over)
     if name == "forking":

@@ -7,7 +7,7 @@ from helpers import T, assert_same_samples, rollout_of, score
 from transformers.cache_utils import DynamicLayer
 
 import common
-from harness import cuda_graphs, decoder, onednn
+from harness import cuda_graphs, decoder
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, max_position_embeddings=256, vocab_size=24)  # fmt: skip
@@ -184,40 +184,3 @@ def test_a_logit_of_minus_infinity_gives_no_nan(loaded):
     expected = -(log_p.exp() * log_p)[:, kept].sum(-1)
     torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
     assert (token != 3).all() and logprob.isfinite().all()
-
-
-# --- products ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(40, 64), (5, 8, 64)])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_linear_layers_of_onednn_are_those_of_torch_with_all_gradients(shape, bias, frozen, monkeypatch):
-    monkeypatch.setattr(onednn, "SMALLEST", 0)
-    calls = []
-    product = onednn.product
-    monkeypatch.setattr(onednn, "product", lambda *a: calls.append(1) or product(*a))
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(64, 96, bias=bias).requires_grad_(not frozen)
-    x = torch.randn(shape)
-    g = torch.randn(*shape[:-1], 96)
-    results = []
-    for replace in (False, True):
-        if replace:
-            onednn.use(layer)
-        layer.zero_grad()
-        inputs = x.clone().requires_grad_()
-        y = layer(inputs)
-        y.backward(g)
-        results.append([y.detach(), inputs.grad, *(p.grad for p in layer.parameters() if not frozen)])
-        assert bool(calls) == replace
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
-
-
-def test_onednn_leaves_small_products_and_other_types_to_torch(monkeypatch):
-    monkeypatch.setattr(onednn, "product", lambda *a: pytest.fail("should be torch's"))
-    layer = torch.nn.Linear(64, 64)
-    onednn.use(layer)
-    layer(torch.randn(2, 64))
-    layer.to(torch.bfloat16)(torch.randn(1000, 64, dtype=torch.bfloat16))
