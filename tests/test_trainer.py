@@ -186,8 +186,8 @@ def test_a_minibatch_without_an_advantage_counts_in_the_metrics(loaded, rollout)
 
 def test_old_log_probs_are_those_of_the_policy_before_the_first_optimizer_step(loaded, rollout):
     """In the first minibatch the ratio is exactly 1."""
-    expected = score(loaded[0], rollout)[0]
-    batches = step(loaded, rollout, minibatches=3, token_budget=100, skip_zero=False)[2]
+    expected = score(loaded[0], rollout, temperature=0.7)[0]
+    batches = step(loaded, rollout, minibatches=3, token_budget=100, skip_zero=False, temperature=0.7)[2]
     for batch in batches:
         torch.testing.assert_close(batch.old_logprobs, expected[batch.rows], atol=1e-5, rtol=1e-5)
         assert torch.equal(batch.mask, rollout.mask[batch.rows]) and not batch.old_logprobs.requires_grad
