@@ -32,9 +32,10 @@ sys.path.insert(0, str(ROOT))
 import common
 import grpo
 import verifier
-from harness import data, decoder, tiny
+from harness import data, decoder
 from harness.options import RunConfig
 from harness.trainer import Trainer
+from tasks import arithmetic
 
 Q, G, T = 32, 8, 64
 V, D, N = 151_936, 896, 2_048  # Qwen2.5-0.5B's vocabulary and hidden size
@@ -76,7 +77,7 @@ def reward_of(text: str, problem: dict) -> float:
 def bench_rollout(base: str, runs: int) -> list[dict]:
     """Completion tokens a second against model.generate: same prompts, group size, temperature and stop rule."""
     _, tokenizer = load(base)
-    problems = tiny.problems(Q, 0, held_out=True)
+    problems = arithmetic.problems(Q, 0, held_out=True)
     prompts = tokenizer([p["question"] for p in problems])["input_ids"]
     return sampling_rows("rollout, tiny, 32 x 8", base, problems, prompts, G, T, True, ["dynamic"], runs)
 
@@ -151,7 +152,7 @@ def bench_step(base: str, runs: int) -> list[dict]:
     from trl import GRPOConfig, GRPOTrainer
 
     logging.set_verbosity_error()
-    problems = tiny.problems(1024, 0, held_out=False)
+    problems = arithmetic.problems(1024, 0, held_out=False)
     answers = {p["question"]: p["answer"] for p in problems}
 
     def ours(seconds: list[float], steps: int) -> float:
@@ -366,7 +367,7 @@ def main() -> None:
     if args.model:
         rows = bench_model(args.model, args.dataset, args.runs)
         args.rows = []
-    base = args.base or (args.rows and str(tiny.base(ROOT / "runs" / "tiny-base")))
+    base = args.base or (args.rows and str(arithmetic.base(ROOT / "runs" / "tiny-base")))
     for name in args.rows:
         if name == "step" and not packages["trl"]:
             print("step: TRL is not installed (pip install -r requirements-dev.txt); not measured")

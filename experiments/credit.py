@@ -48,12 +48,12 @@ import grpo_s
 import gtpo
 import verifier
 from common import Rollout
-from harness import data, tiny
+from harness import data
 from harness.model import load_model
 from harness.options import RunConfig, add_option, bounded, fail, resolve_defaults
 from harness.rewards import RewardError
 from harness.trainer import Trainer
-from tasks import countdown
+from tasks import arithmetic, countdown
 
 EXPLORER = ROOT / "docs" / "explorer.html"
 BEGIN = '<script type="application/json" id="content">'  # the content follows, up to the end of this element
@@ -112,7 +112,7 @@ def chosen_tasks(cfg: RunConfig, args: argparse.Namespace) -> dict[str, RunConfi
 def sample(cfg: RunConfig) -> tuple[Rollout, object]:
     """What the first step of a run with these options samples and verifies, and the tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = cfg.model or str(tiny.base(Path("runs/tiny-base")))
+    source = cfg.model or str(arithmetic.base(Path("runs/tiny-base")))
     model, tokenizer = load_model(source, device, cfg.trust_remote_code)
     resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
     problems, _ = data.load_problems(cfg)

@@ -30,15 +30,15 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import common
-from harness import files, tiny
+from harness import files
 from harness.model import load_model, stop_ids
-from tasks import countdown
+from tasks import arithmetic, countdown
 
 TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
 TRAIN_ROWS = 4096  # chains of a setting with terms of its own
 LARGE = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3, head_dim=32,
              intermediate_size=576)  # fmt: skip
-# recipe: what the warm start of the base changes in RECIPE of tiny.py or countdown.py. terms: of the chains to train
+# recipe: what the warm start of the base changes in RECIPE of arithmetic.py or countdown.py. terms: of the chains to train
 # and to evaluate on. options: of the scripts.
 SETTINGS: dict[str, dict[str, Any]] = {
     "countdown": dict(recipe={}, options=dict(max_new_tokens=24, lr=6e-4, eval_k=64)),
@@ -89,9 +89,9 @@ def config_of(run: PlannedRun) -> dict:
 def identity(run: PlannedRun) -> dict:
     """Everything that decides the run's result, except the code. It is stored with the result."""
     setting = SETTINGS[run.setting]
-    task = countdown if run.setting.startswith("countdown") else tiny
+    task = countdown if run.setting.startswith("countdown") else arithmetic
     recipe = {**task.RECIPE, **setting["recipe"]}
-    model = {**tiny.MODEL, **setting.get("shape", {})}
+    model = {**arithmetic.MODEL, **setting.get("shape", {})}
     found = {"method": run.method, "recipe": recipe, "model": model, "terms": setting.get("terms"),
              "rows": TRAIN_ROWS, "config": config_of(run)}  # fmt: skip
     return json.loads(json.dumps(found))
@@ -119,11 +119,11 @@ def prepare(name: str, work: Path) -> list[str]:
         options = countdown.prepare(work / name, setting["recipe"], setting.get("shape"))
     else:
         base_name = "-".join(["base", *(f"{key}={value}" for key, value in setting["recipe"].items())])
-        options = ["--model", str(tiny.base(work / base_name, setting["recipe"]))]
+        options = ["--model", str(arithmetic.base(work / base_name, setting["recipe"]))]
         if setting["terms"]:
             for flag, n, held_out in (("--dataset", TRAIN_ROWS, False), ("--eval-dataset", EVAL_ROWS, True)):
                 path = work / f"{name}{'-held-out' if held_out else ''}.jsonl"
-                rows = tiny.problems(n, 0, held_out, *setting["terms"])
+                rows = arithmetic.problems(n, 0, held_out, *setting["terms"])
                 files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
                 options += [flag, str(path)]
     torch.set_num_threads(threads)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import verifier
-from harness import tiny
 from harness.model import max_positions, stop_ids
 from harness.options import RunConfig, fail, first_line
+from tasks import arithmetic
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "reward_model", "solution")  # DAPO-Math-17k keeps its gold inside `reward_model`
@@ -49,7 +49,7 @@ def load_problems(cfg: RunConfig) -> tuple[list[dict], list[dict]]:
 
 def training_problems(cfg: RunConfig) -> list[dict]:
     if cfg.dataset == "arithmetic":
-        return [{**problem, "row": problem} for problem in tiny.problems(8192, cfg.seed, held_out=False)]
+        return [{**problem, "row": problem} for problem in arithmetic.problems(8192, cfg.seed, held_out=False)]
     flag = f"--dataset {cfg.dataset}"
     split, _ = split_names(cfg)
     rows = open_dataset(flag, cfg.dataset, split)
@@ -71,7 +71,7 @@ def evaluation_problems(cfg: RunConfig) -> list[dict] | None:
     """The problems of --eval-dataset, or else of the second split of --dataset; None if there is no such split."""
     name = cfg.eval_dataset or cfg.dataset
     if name == "arithmetic":
-        return [{**problem, "row": problem} for problem in tiny.problems(cfg.eval_rows, 0, held_out=True)]
+        return [{**problem, "row": problem} for problem in arithmetic.problems(cfg.eval_rows, 0, held_out=True)]
     if not cfg.eval_dataset and Path(cfg.dataset).is_file():
         return None  # a file has no splits
     flag = f"--eval-dataset {name}" if cfg.eval_dataset else f"--dataset {name}"

@@ -32,10 +32,11 @@ from typing import Any
 import torch
 
 from common import Rollout
-from harness import data, distributed, files, lora, reporting, rewards, stop, tiny
+from harness import data, distributed, files, lora, reporting, rewards, stop
 from harness.model import describe_size, load_policy
 from harness.options import RunConfig, check_options, fail, first_line, resolve_defaults
 from harness.trainer import Trainer
+from tasks import arithmetic
 
 MAX_BAD_STEPS = 3  # this many steps in a row with a skipped update end the run
 N_LOGGED_COMPLETIONS = 4  # of each step, in completions.jsonl
@@ -55,7 +56,7 @@ class Run(Trainer):
             checkpoint = files.last_checkpoint(Path(cfg.resume)) if cfg.resume else None
             problems, eval_problems = data.load_problems(cfg)
             with distributed.main_first():
-                source = cfg.model or str(tiny.base(Path(cfg.out) / "tiny-base"))
+                source = cfg.model or str(arithmetic.base(Path(cfg.out) / "tiny-base"))
             model, tokenizer = load_policy(cfg, source, device, checkpoint)
             resolve_defaults(cfg, sum(p.numel() for p in model.parameters()), on_gpu=device.type == "cuda")
             problems = data.encode(cfg, model, tokenizer, problems)

@@ -8,14 +8,14 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 
-from harness import tiny
+from tasks import arithmetic
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """Folder of the toy base. TOY_BASE can name one, so that several sessions build it once."""
     folder = Path(os.environ.get("TOY_BASE") or tmp_path_factory.mktemp("toy") / "base")
-    return tiny.base(folder, dict(steps=150, guess=0.5, min_terms=2, max_terms=2))
+    return arithmetic.base(folder, dict(steps=150, guess=0.5, min_terms=2, max_terms=2))
 
 
 @pytest.fixture()
@@ -30,7 +30,7 @@ def loaded(toy):
 def toy_data(tmp_path_factory):
     """A data file of chains of two terms."""
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in tiny.problems(60, 0, False, 2, 2)))
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in arithmetic.problems(60, 0, False, 2, 2)))
     return path
 
 

@@ -16,10 +16,10 @@ import egsw
 import grpo
 import grpo_s
 import gtpo
-from harness import tiny
 from harness.options import RunConfig
 from harness.trainer import Trainer
 from more import cispo, cov, entropy_advantage, forking, quantile
+from tasks import arithmetic
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"grpo": grpo, "dapo": dapo, "egsw": egsw, "gtpo": gtpo, "grpo_s": grpo_s}
@@ -112,7 +112,7 @@ def token_advantages(name, rewards, entropy, mask, group, **options):
 
 def rollout_of(model, tokenizer, Q=6, G=4, seed=0, questions=None, sample=common.sample, **options):
     """A rollout of two-term problems, or of these questions."""
-    questions = questions or [problem["question"] for problem in tiny.problems(Q, seed, False, 2, 2)]
+    questions = questions or [problem["question"] for problem in arithmetic.problems(Q, seed, False, 2, 2)]
     prompts = tokenizer(questions)["input_ids"]
     uniforms = torch.rand(len(prompts) * G, T, generator=torch.Generator().manual_seed(seed))
     return sample(model, prompts, G, T, [tokenizer.eos_token_id], uniforms, **options)

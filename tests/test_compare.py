@@ -16,14 +16,14 @@ import plan
 import tables
 import training_runs
 
-from harness import tiny
+from tasks import arithmetic
 
 
 @pytest.fixture()
 def work(toy, tmp_path, monkeypatch):
     """A work folder in which a run takes a second: the toy base, chains of two terms, two short steps."""
     recipe = json.loads((toy / "manifest.json").read_text())["recipe"]
-    recipe = {key: value for key, value in recipe.items() if value != tiny.RECIPE[key]}
+    recipe = {key: value for key, value in recipe.items() if value != arithmetic.RECIPE[key]}
     small = dict(max_new_tokens=12, eval_k=2, n_prompts=8)
     monkeypatch.setitem(training_runs.SETTINGS, "easy", dict(recipe=recipe, terms=(2, 2), options=small))
     monkeypatch.setattr(training_runs, "TOKENS", 600)

@@ -6,7 +6,7 @@ from graphlib import TopologicalSorter
 
 from helpers import METHODS, ROOT, SCRIPTS
 
-FOLDERS = ("harness", "more", "integrations")
+FOLDERS = ("harness", "tasks", "more", "integrations")
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 MODULES |= {f"{folder}.{path.stem}" for folder in FOLDERS for path in (ROOT / folder).glob("[!_]*.py")}
 

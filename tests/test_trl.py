@@ -24,10 +24,10 @@ import common
 import dapo
 import grpo
 import grpo_s
-from harness import tiny
 from integrations.methods import SCRIPTS
 from integrations.trl_trainer import SETTINGS, EntropyGRPOTrainer, trl_reward
 from more import cispo, forking
+from tasks import arithmetic
 from verifier import math_reward
 
 pytestmark = pytest.mark.slow
@@ -156,7 +156,7 @@ def recorder(base, ours):
 def trained(cls, toy, out, steps_per_rollout=1, reward=reward, **keywords):
     """A trainer of `cls` after two optimizer steps of two micro-batches each, on two-term problems."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(toy), AutoTokenizer.from_pretrained(toy)
-    rows = [{"prompt": p["question"], "answer": p["answer"]} for p in tiny.problems(40, 0, False, 2, 2)]
+    rows = [{"prompt": p["question"], "answer": p["answer"]} for p in arithmetic.problems(40, 0, False, 2, 2)]
     ours = {k: keywords.pop(k) for k in ("method", "method_options") if k in keywords}
     settings = dict(
         output_dir=str(out), per_device_train_batch_size=16, gradient_accumulation_steps=2,

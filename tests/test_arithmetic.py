@@ -7,7 +7,7 @@ import re
 import pytest
 
 import verifier
-from harness import tiny
+from tasks import arithmetic
 
 
 def value(text):
@@ -19,50 +19,50 @@ def value(text):
 def test_every_demonstration_is_correct(guess, merge):
     rng = random.Random(0)
     for _ in range(300):
-        q = tiny.draw_question(rng, 4, 6, None)
-        text = tiny.solve(rng, q, guess, merge)
+        q = arithmetic.draw_question(rng, 4, 6, None)
+        text = arithmetic.solve(rng, q, guess, merge)
         *steps, last = text.split("\n")
-        assert last == f"{tiny.MARKER}{value(q)}"
+        assert last == f"{arithmetic.MARKER}{value(q)}"
         for step in steps:
             left, right = step.split("=")
-            assert value(left) == int(right) and 0 <= int(right) <= tiny.MAX_TOTAL
+            assert value(left) == int(right) and 0 <= int(right) <= arithmetic.MAX_TOTAL
         assert verifier.math_reward(text, text) == 1.0
 
 
 def test_a_habit_shows_in_the_number_of_steps():
     rng = random.Random(0)
     q = "9-1+2+3-4+5?"
-    assert tiny.solve(rng, q).count("\n") == 5  # one step a term
-    assert tiny.solve(rng, q, guess=1) == "#### 14"
-    assert tiny.solve(rng, q, merge=1).count("\n") < 5
+    assert arithmetic.solve(rng, q).count("\n") == 5  # one step a term
+    assert arithmetic.solve(rng, q, guess=1) == "#### 14"
+    assert arithmetic.solve(rng, q, merge=1).count("\n") < 5
 
 
 def test_held_out_problems_are_disjoint_from_all_that_training_draws():
-    held = {row["question"] for row in tiny.problems(256, 0, held_out=True)}
+    held = {row["question"] for row in arithmetic.problems(256, 0, held_out=True)}
     assert len(held) == 256
     for seed in range(3):
-        assert not held & {row["question"] for row in tiny.problems(2000, seed, held_out=False)}
-    rng = random.Random(tiny.RECIPE["seed"])
-    assert not held & {tiny.draw_question(rng, 4, 6, held_out=False) for _ in range(5000)}  # the warm start's
+        assert not held & {row["question"] for row in arithmetic.problems(2000, seed, held_out=False)}
+    rng = random.Random(arithmetic.RECIPE["seed"])
+    assert not held & {arithmetic.draw_question(rng, 4, 6, held_out=False) for _ in range(5000)}  # the warm start's
 
 
 def test_problems_are_seeded():
-    assert tiny.problems(20, 1, False) == tiny.problems(20, 1, False) != tiny.problems(20, 2, False)
+    assert arithmetic.problems(20, 1, False) == arithmetic.problems(20, 1, False) != arithmetic.problems(20, 2, False)
 
 
 def test_tokenizer_is_lossless_and_the_marker_is_one_token():
-    tokenizer = tiny.new_tokenizer()
-    text = tiny.problems(1, 0, False)[0]["answer"]
+    tokenizer = arithmetic.new_tokenizer()
+    text = arithmetic.problems(1, 0, False)[0]["answer"]
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text and tokenizer.unk_token_id not in ids
-    assert len(ids) == len(text) - len(tiny.MARKER) + 1
+    assert len(ids) == len(text) - len(arithmetic.MARKER) + 1
 
 
 def build(path, monkeypatch):
-    """Calls tiny.base with a warm start that only counts. Returns how often it was built."""
+    """Calls arithmetic.base with a warm start that only counts. Returns how often it was built."""
     calls = []
-    monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: calls.append(1))
-    tiny.base(path)
+    monkeypatch.setattr(arithmetic, "warm_start", lambda *a, **k: calls.append(1))
+    arithmetic.base(path)
     return len(calls)
 
 
@@ -84,16 +84,16 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny, "warm_start", interrupt)
+    monkeypatch.setattr(arithmetic, "warm_start", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        tiny.base(tmp_path / "base")
+        arithmetic.base(tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_base_has_the_stated_size():
-    assert 100_000 < sum(p.numel() for p in tiny.new_model(tiny.new_tokenizer(), 0).parameters()) < 250_000
+    assert 100_000 < sum(p.numel() for p in arithmetic.new_model(arithmetic.new_tokenizer(), 0).parameters()) < 250_000
 
 
 def test_more_problems_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="of 4096 chains"):
-        tiny.problems(4096, 0, held_out=False, min_terms=2, max_terms=2)
+        arithmetic.problems(4096, 0, held_out=False, min_terms=2, max_terms=2)
