@@ -51,6 +51,7 @@ def load_model(
             raise ValueError("it has no tokenizer")
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        onednn.use(model)
         check_logprobs(model)
     except torch.OutOfMemoryError:
         with_lora = ", or --lora-rank 32, which holds them in bf16" if dtype == torch.float32 else ""
@@ -62,7 +63,6 @@ def load_model(
              "Give a local folder instead if the hub is out of reach.")  # fmt: skip
     finally:
         logging.set_verbosity(verbosity)
-    onednn.use(model)
     return model, tokenizer
 
 
