@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 
 import common
 import grpo
-from harness import decoder, lora
+from harness import decoder, lora, tiny
 from harness.model import load_model, load_policy
 from harness.options import RunConfig, resolve_defaults
-from tasks import arithmetic
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
@@ -246,7 +245,7 @@ def test_adapters_go_back_to_their_own_base_alone(small, toy, tmp_path, monkeypa
     model, tokenizer = load_model(str(toy), CPU)
     model.save_pretrained(moved)
     tokenizer.save_pretrained(moved)
-    other = arithmetic.new_model(tokenizer, seed=1)
+    other = tiny.new_model(tokenizer, seed=1)
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     capsys.readouterr()

@@ -9,7 +9,7 @@ from helpers import T, grpo_update, rollout_of, score, trainer_of
 
 import common
 import grpo
-from harness import decoder, distributed
+from harness import decoder, distributed, tiny
 from harness.trainer import Completion, cost, cut, plan_microbatches, share_of_process, unique_completions
 from tasks import arithmetic
 
@@ -318,8 +318,8 @@ def test_rewards_and_texts_belong_to_their_rows(loaded):
 
 def test_a_few_grpo_steps_raise_the_reward():
     """An untrained model is rewarded for answering with a 7: GRPO finds that and keeps to it."""
-    tokenizer = arithmetic.new_tokenizer()
-    model = arithmetic.new_model(tokenizer, 0)
+    tokenizer = tiny.new_tokenizer()
+    model = tiny.new_model(tokenizer, 0)
     t = trainer_of(model, tokenizer, lr=3e-3, warmup_steps=0)
     seven = tokenizer("7")["input_ids"][0]
     prompts = tokenizer(["1+2?", "3+4-5?", "6?", "12-7?"])["input_ids"]
