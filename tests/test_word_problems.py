@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -15,14 +16,6 @@ import common
 from harness import data, tiny
 from tasks import word_problems
 
-PACO = {
-    "question": "Paco had 26 cookies and 5 pies. He ate 9 cookies. How many cookies did he have left?",
-    "answer": "26 - 9 = 17\n#### 17",
-}
-SHIRTS = {
-    "question": "A shop sells 51 shirts a day at $8.50 each. A box holds 3 shirts. How many boxes is this in 12 days?",
-    "answer": "51 * 12 = 612\n612 / 3 = 204\n#### 204",
-}
 SMALL = dict(steps=2, batch_size=4)
 
 
@@ -111,54 +104,15 @@ def test_parts_share_no_question_and_annotations_are_gone(tmp_path):
     assert [len(part) for part in word_problems.three_parts(path, test)] == [8, 9, 3]
 
 
-# --- other numbers ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("problem", [PACO, SHIRTS])
-def test_renumbered_problems_are_right_and_new(problem):
+def test_sums_are_right_and_of_every_kind():
     rng = random.Random(0)
-    shape = re.sub(r"\d", "9", problem["question"])
-    seen = set()
-    for _ in range(50):
-        other = word_problems.renumbered(rng, problem)
-        assert re.sub(r"\d", "9", other["question"]) == shape  # as many digits; prices and words stay
-        *steps, last = other["answer"].split("\n")
-        results = []
-        for step in steps:
-            left, right = step.split(" = ")
-            assert eval(left) == int(right) > 0
-            results.append(right)
-        assert last == f"#### {results[-1]}"
-        given = re.findall(r"\d+", other["question"])
-        used = re.findall(r"(\d+) [-+*/] (\d+)", other["answer"])
-        assert used[0][0] in given and used[0][1] in given and used[-1][1] in given
-        seen.add(other["question"])
-    assert len(seen) > 25
-
-
-def test_the_numbers_keep_their_roles():
-    other = word_problems.renumbered(random.Random(1), PACO)
-    had, _, ate = re.findall(r"\d+", other["question"])
-    assert other["answer"] == f"{had} - {ate} = {int(had) - int(ate)}\n#### {int(had) - int(ate)}"
-
-
-def test_a_constant_stays():
-    problem = {"question": "Ann has 5 dozen eggs. How many is this?", "answer": "5 * 12 = 60\n#### 60"}
-    assert " * 12 = " in word_problems.renumbered(random.Random(0), problem)["answer"]
-
-
-@pytest.mark.parametrize(
-    "question, answer",
-    [
-        ("Ann had 8 plums and ate 3.", "She has 8 - 3 = 5 left.\n#### 5"),  # no chain of bare steps
-        ("Ann had 8 plums, ate 3 and has 5 pies.", "8 - 3 = 5\n5 + 5 = 10\n#### 10"),  # which 5 is meant?
-        ("Ann had 3 plums and owes 8 of them.", "3 - 8 = -5\n#### -5"),
-        ("Ann had 3 plums and owes all.", "3 - 3 = 0\n#### 0"),
-    ],
-)
-def test_a_problem_that_cannot_be_renumbered_stays_as_it_is(question, answer):
-    problem = {"question": question, "answer": answer}
-    assert word_problems.renumbered(random.Random(0), problem) == problem
+    signs = ""
+    for _ in range(200):
+        for line in word_problems.sums(rng)["answer"].split("\n"):
+            left, sign, right, result = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", line).groups()
+            assert word_problems.OPERATORS[sign](Fraction(left), Fraction(right)) == int(result)
+            signs += sign
+    assert all(signs.count(sign) > 300 for sign in "-+*/")
 
 
 # --- the base and the commands ----------------------------------------------------------------------------------------
@@ -167,7 +121,7 @@ def test_a_problem_that_cannot_be_renumbered_stays_as_it_is(question, answer):
 def test_the_warm_start_learns_the_answers_and_only_them(instruct):
     model, tokenizer = data.load_model(instruct, torch.device("cpu"))
     problems = [{"question": "Ann?", "answer": "#### 1"}, {"question": "A longer name?", "answer": "1 + 1 = 2\n#### 2"}]
-    recipe = {**word_problems.RECIPE, "steps": 150, "batch_size": 4, "lr": 3e-2, "renumbered": 0.0}
+    recipe = {**word_problems.RECIPE, "steps": 150, "batch_size": 4, "lr": 3e-2, "share_of_sums": 0.0}
     word_problems.warm_start(model, tokenizer, problems, **recipe)
     prompts = [data.prompt_ids(tokenizer, problem["question"], word_problems.SYSTEM, "") for problem in problems]
     rollout = common.sample(model, prompts, 1, 30, [tokenizer.eos_token_id], None)
