@@ -87,7 +87,8 @@ def bench_model(folder: str, dataset: str, runs: int) -> list[dict]:
     _, tokenizer = load(folder, ours=True)
     rows = [json.loads(line) for line in Path(dataset).read_text().splitlines()[:8]]
     problems = [{"question": row["question"], "answer": verifier.gold_answer(row["answer"])} for row in rows]
-    prompts = [data.prompt_ids(tokenizer, p["question"], system="", template="") for p in problems]
+    chats = [[{"role": "user", "content": p["question"]}] for p in problems]
+    prompts = [data.prompt_ids(tokenizer, data.prompt_text(tokenizer, chat, "", "")) for chat in chats]
     print(f"  prompts of {statistics.mean(map(len, prompts)):.0f} tokens, at most {max(map(len, prompts))}")
     results = []
     for stops in (True, False):

