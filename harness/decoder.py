@@ -118,7 +118,7 @@ def prefill(model, cache, prompt_ids: Tensor, prompt_lengths: Tensor) -> tuple[T
     positions = torch.arange(P, device=prompt_ids.device) - (P - prompt_lengths[:, None])  # [Q, P] negative on padding
     attention = (positions >= 0).long()
     positions = positions.clamp(min=0)
-    ids = prompt_ids.gather(1, positions) * attention
+    ids = prompt_ids.gather(1, positions)
     return hidden_states(model, cache, ids, attention, positions)[:, -1], attention
 
 
