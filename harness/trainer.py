@@ -231,10 +231,8 @@ class Trainer:
             stop = min(start + prompts_at_a_time, my_problems.stop)
             prompts = [problem["prompt_ids"] for problem in problems[start:stop]]
             part_uniforms = None if uniforms is None else uniforms[start * group_size : stop * group_size]
-            part = sampler(
-                self.model, prompts, group_size, cfg.max_new_tokens, self.eos_ids, part_uniforms, cfg.temperature
-            )
-            parts.append(part)
+            limits = (group_size, cfg.max_new_tokens, self.eos_ids)
+            parts.append(sampler(self.model, prompts, *limits, part_uniforms, cfg.temperature))
         rollout = distributed.gather_rollout(concatenate(parts) if parts else None, self.device)
         lengths = rollout.completion_lengths().long().tolist()
         ids = [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
