@@ -206,13 +206,13 @@ def _from_boxes(text: str, boxes: list[Box]) -> list[str]:
 
     Joined boxes can be the parts of one answer. If they are different answers, the text has not chosen one of them.
     """
-    statements: list[dict[Number | str, str]] = []
+    statements: list[dict[object, str]] = []
     end = 0
     for box in boxes:
         between = text[end : box.start]
         if not statements or len(between) > 60 or not _JOIN.fullmatch(between):
             statements.append({})
-        value = _number(box.content) or re.sub(r"\s", "", box.content)
+        value: object = _number(box.content) or re.sub(r"\s", "", box.content)
         statements[-1].pop(value, None)  # an answer written in two ways is one: `\boxed{1/2} or \boxed{0.5}` is "0.5"
         statements[-1][value] = box.content
         end = box.end
@@ -251,7 +251,7 @@ _UNICODE = str.maketrans(
     {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in "}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "°": " degree ", "θ": r"\theta ", "∅": r"\emptyset "}
     | {"½": r"\frac12 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "²": "^2", "³": "^3"}
-    | {"\u00a0": " ", "€": r"\euro ", "£": r"\pounds "}
+    | {"\u00a0": " "}
 )
 _REWRITES = [
     (r"(?:√|(?<![\\A-Za-z])sqrt) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}"),  # "√(x+1)", "√2", "sqrt(2)"
@@ -263,9 +263,13 @@ _REWRITES = [
     (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\degree)", " degree "),  # "90^\circ", "90 \degree"
     (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|mathit|rm|bf) ?\{([^{}]*)\}", r" \1 "),  # "\text{ cm}"
     (r"\\(?:mathbb|operatorname) ?\{?([A-Za-z]+)\}?", r"\\\1 "),  # "\mathbb{R}"
-    (r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1"),  # "2*sqrt(3)"
+    (r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1"),  # "2*pi"
     (r"\\[dtc]?frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),  # "\dfrac12"
-    (r"(\d) *(?:(thousand)|(million)|billion)\b", lambda m: m[1] + ("e3 " if m[2] else "e6 " if m[3] else "e9 ")),
+    (r"(\d) *thousand\b", r"\1e3"),
+    (r"(\d) *million\b", r"\1e6"),
+    (r"(\d) *billion\b", r"\1e9"),
+    (r"^ *(- ?)?\\\$(.*)", r"\1\2 dollar"),  # "\$5"
+    (r"^ *(- ?)?€(.*)", r"\1\2 euro"),
 ]
 _ALIASES = dict(
     re.findall(
@@ -275,17 +279,18 @@ _ALIASES = dict(
         r" \rbrace=>\} \dbinom=>\binom \dfrac=>\frac \tfrac=>\frac \cfrac=>\frac",
     )
 )
-GREEK = (
+_GREEK = (
     "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi|chi|psi"
     "|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|ell"
 )
-_SYMBOL = re.compile(rf"(?:[A-Za-z]|\\(?:{GREEK})(?![a-z]))'*(?:_\w|_\{{\w+\}})?")  # "x", "\theta", "f'", "x_{12}"
+_SYMBOL = re.compile(rf"(?:[A-Za-z]|\\(?:{_GREEK})(?![a-z]))'*(?:_\w|_\{{\w+\}})?")  # "x", "\theta", "f'", "x_{12}"
+# "52_8", "0.1\overline{6}", "1,234.5e6", "km", "x_1", "\begin{pmatrix}", "\\", "\log_2", "\pi", "\{", "+"
 _TOKEN = re.compile(
-    rf"\d+_(?:\d|\{{\d\d?\}})|\d*\.(?:\d*)\\overline ?\{{\d+\}}|{DIGITS}(?:[eE]-?\d{{1,3}}(?!\w))?"  # "52_8", "1,234.5e6"
-    rf"|[A-Za-z]{{2,}}|{_SYMBOL.pattern}|\\(?:begin|end)\{{[pb]matrix\}}|\\\\(?:\[\d+pt\])?|\\log_(?:\d|\{{\d+\}})"
-    r"|\\(?:[dtc]?frac|sqrt|d?binom|pi|infty|[RZNQC]|in|lt|gt|[lgn]eq?|[lg]eqslant|cup|pm|cdot|times|div|l?r?vert|[lr]brace"
-    r"|emptyset|varnothing|varphi|angle|overline|euro|pounds|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|ln|log|exp)"
-    r"(?![A-Za-z])|\\[{}$%]|[-+*/^!=<>()\[\]{}|,;:%&]",
+    rf"\d+_(?:\d|\{{\d\d?\}})|\d*\.\d*\\overline ?\{{\d+\}}|{DIGITS}(?:[eE]-?\d{{1,3}}(?!\w))?|[A-Za-z]{{2,}}"
+    rf"|{_SYMBOL.pattern}|\\(?:begin|end)\{{[pb]matrix\}}|\\\\(?:\[\d+pt\])?|\\log_(?:\d|\{{\d+\}})"
+    r"|\\(?:[dtc]?frac|sqrt|d?binom|pi|infty|[RZNQC]|in|lt|gt|[lgn]eq?|[lg]eqslant|cup|pm|cdot|times|div|[lr]?vert|[lr]brace"
+    r"|emptyset|varnothing|varphi|angle|overline|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|ln|log|exp)(?![A-Za-z])"
+    r"|\\[{}%]|[-+*/^!=<>()\[\]{}|,;:%&]",
     re.ASCII,
 )
 # A unit has one name for all its spellings. A plural with "s" is not listed. A counted thing names itself.
@@ -297,44 +302,25 @@ UNITS = {
     , liter L l litre, gallon, quart, pint, second s sec, minute min, hour h hr, day, week, month, year, cent, dollar, euro
     , degree, radian rad, mph, % percent, unit, time, point, piece, slice, cup, box boxe, bag, bottle, apple, orange, egg
     , cookie, person people, child children, boy, girl, student, friend, book, page, pencil, card, ticket, clip, coin
-    , marble, flower, tree, dog, cat, car, toy, square cubic sq
+    , marble, flower, tree, dog, cat, car, toy
     """.split(",")
     for spelling in spellings.split()
 }
 _FILLERS = re.compile(r"\b(?:in (?:total|all)|altogether|total|each|left|more(?= [a-z])|of (?:the |all )?(?=[a-z]))\b")
 _WORD = r"(?:[A-Za-z]{2,}|[A-Za-z](?= /)|(?<=/ )[A-Za-z]|m(?= \^ |$)|[%/])"
-_UNIT_AT_END = re.compile(rf"(.*?[^/ ]) ({_WORD}(?: {_WORD})*)(?: \^ (?:\{{ )?([23])(?: \}})?)?")  # "15 cm ^ 2", "5 km / h"
+# "15 cm ^ 2", "15 square cm", "5 km / h"
+_UNIT_AT_END = re.compile(rf"(.*?[^/ ]) (?:(square|sq)|(cubic))? ?({_WORD}(?: {_WORD})*)(?: \^ (?:\{{ )?([23])(?: \}})?)?")
 _NUMBER = re.compile(
-    rf"(?P<signs>[-+] |- - |)(?:(?P<whole>\d+) (?=\d+ /))?(?P<top>{DIGITS}(?:[eE]-?\d+)?|\d*\.(?=\d*\\))"
-    rf"(?P<decimals>\d*)(?:\\overline ?\{{(?P<repeating>\d+)\}})?(?: / (?P<minus>- )?(?P<bottom>{DIGITS}))?"
+    rf"(?P<signs>[-+] |- - |)(?:(?P<whole>\d+) (?=\d+ /))?(?P<top>{DIGITS}(?:[eE]-?\d+)?|\d*\.(?=\\|\d*\\))"
+    rf"(?:\\overline ?\{{(?P<repeating>\d+)\}})?(?: / (?P<minus>- )?(?P<bottom>{DIGITS}))?"
     r"(?: \* 10 \^ (?:\{ )?(?P<power>(?:- )?\d{1,3})(?: \})?)?"
 )
 _TIME = re.compile(r"(\d{1,2}):([0-5]\d)(?: ?([ap])\.? ?m\.?)?", re.IGNORECASE | re.ASCII)
 _LEAD = re.compile(rf"(?:(?:{LEADS})\b[: ]*)+", re.IGNORECASE)
-# "5", "- \sqrt { 16 }", "\log_2 8": neither a sum nor a product
-_OPERATOR = re.compile(r"(?<!\\)\b[\w.,]*[\w)}!] (?:[-+*]|(?<!\^ )\w|\(|\\)|!|binom|/.*/")
-# "1 + 2" or "2 * 3", but not "1 + 2 \sqrt"
-_RATIONAL = rf"(?:{DIGITS}|\\frac \{{ {DIGITS} \}} \{{ {DIGITS} \}})"
-_UNFINISHED = re.compile(
-    rf"(?:^|[({{+-] )(?:- )?{_RATIONAL} [-+] {_RATIONAL}(?= [-+)}}]|$)|(?:^|[({{+-] |\w \* ){_RATIONAL} \* {_RATIONAL}(?! \^)"
-    "|!|binom"
-)
-# Two signs, numbers side by side, "1 / 2 x", "( x ) 2", a brace that belongs to no command, a power of a power, "!!"
-_UNCLEAR = re.compile(
-    rf"[-+] [-+]|(?:^|[^^] )(?:{DIGITS}|\)|!) {DIGITS}|/ (?:[\w.]+|\([^()]*\)) [\w(\\]|! !"
-    r"|(?:^|[^^}\]tcm]) \{|(?:^|[^t]) \[ \w \] \{|\\(?:frac|binom) [^{]|\\sqrt [^{[]|\^ (?:\S+|\{[^{}]*\}) [\^!]"
-)
-# "9^99999", 100 digits, "1000!", nested radicals: math-verify would compute for a long time
-_LARGE = re.compile(r"\^ (?:\{ )?(?:- )?\d{5}|\d{100}|[3-9]\d{3} !|\d{5} |! !|\( [^()a-z]* \) !|(?:\\sqrt [^ ]*[^}]*){5}|(?:\^.*){40}")
 
 
 class Unreadable(Exception):
     """The text is no answer of the kinds that this file reads, or it is too large to compute."""
-
-
-class Number(NamedTuple):
-    value: Fraction
-    unit: str  # "cm^2", "km / hour", "%", a base such as "_8", or ""
 
 
 @functools.lru_cache(maxsize=8192)
@@ -357,27 +343,18 @@ def _tokens(text: str) -> str:
     if _TOKEN.sub("", text).strip(" "):
         raise Unreadable(text)
     tokens: list[str] = []
-    depth = 0
     for m in _TOKEN.finditer(text):
-        token = re.sub(r"_\{(\w)\}", r"_\1", _ALIASES.get(m[0], m[0]))
+        token = _ALIASES.get(m[0], m[0])
         if token == "," and tokens[-1:] == [","]:  # "3, 4, and 5"
             continue
-        depth += _step(token)
-        if not 0 <= depth <= MAX_DEPTH:
-            raise Unreadable("brackets")
+        in_brackets = len(_split(" ".join(tokens) + " ,", ",")) == 1
         # In "(100,200)" the comma separates.
-        tokens += re.findall(r"[\d.]+|,", token) if depth and re.match(r"\d+,", token) else [token]
-    text = " ".join(tokens)
-    for _ in range(2):  # both arguments of "\\frac \\pi 3"
-        text = re.sub(rf"(\\(?:frac|sqrt|binom)(?: \{{[^{{}}]*\}}| \[ \w \])?) (\d|\\pi|{_SYMBOL.pattern})(?= |$)", r"\1 { \2 }", text)
+        tokens += re.findall(r"[\d.]+|,", token) if in_brackets and re.match(r"\d+,", token) else [token]
+    text = re.sub(r"_\{(\w)\}", r"_\1", " ".join(tokens).replace(r"[2pt]", ""))
+    for _ in range(2):  # braces for both arguments of "\frac \pi 3"
+        argument = rf"(\\(?:frac|sqrt|binom)(?: \{{[^{{}}]*\}}| \[ \w \])?) (\d|\\pi|{_SYMBOL.pattern})(?= |$)"
+        text = re.sub(argument, r"\1 { \2 }", text)
     return text
-
-
-def _step(token: str) -> int:
-    """Return 1 for an opening bracket, -1 for a closing one and 0 for any other token."""
-    return (token in ("(", "[", "{", r"\{") or token.startswith(r"\begin")) - (
-        token in (")", "]", "}", r"\}") or token.startswith(r"\end")
-    )
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -385,7 +362,10 @@ def _split(text: str, separator: str) -> list[str]:
     parts = [""]
     depth = 0
     for token in text.split():
-        depth += _step(token)
+        depth += token in ("(", "[", "{", r"\{") or token.startswith(r"\begin")
+        depth -= token in (")", "]", "}", r"\}") or token.startswith(r"\end")
+        if not 0 <= depth <= MAX_DEPTH:
+            raise Unreadable("brackets")
         if depth == 0 and token == separator:
             parts.append("")
         else:
@@ -396,8 +376,8 @@ def _split(text: str, separator: str) -> list[str]:
 def _word(text: str) -> str | None:
     r"""Read an answer of up to three words: "no solution" for `\text{No solution}`, "C" for "(C)" and "(C) 12"."""
     tidied = _tidy(text)
-    choice = re.fullmatch(r"\(?([A-J])(?:\)|[.:] |$)[\d. /\\${}a-z]*", tidied)  # not "(A) or (B)"
-    if choice and not re.search(r"[a-z]", tidied):
+    choice = re.fullmatch(r"\(?([A-J])(?:\)|[.:] |$)[\d. /\\${}]*", tidied)  # not "(A) or (B)"
+    if choice:
         return choice[1]
     is_word = re.fullmatch(r"[A-Za-z]+(?: [A-Za-z']+){0,2}", tidied)
     return tidied.lower() if is_word and ("\\text" in text or re.search(r"[A-Za-z]{4}", tidied)) else None
@@ -415,45 +395,26 @@ def _minutes(text: str) -> list[int]:
 
 
 def _without_unit(text: str) -> tuple[str, str]:
-    r"""Return tokens without their unit, and the unit: "15" and "cm^2" for "15 square cm", "5" and "dollar" for "\$ 5"."""
+    r"""Return tokens without their unit, and the unit: "15" and "cm^2" for "15 square cm", "52" and "_8" for "52_8"."""
     base = re.fullmatch(r"(\d+)(_)\{?(\d+)\}?", text)
     if base:
         return base[1], base[2] + base[3]
-    currency = re.match(r"(- |)\\(\$|euro|pounds) ", text)
-    unit = {"$": "dollar", "euro": "euro", "pounds": "pound sterling"}[currency[2]] if currency else ""
-    text = currency[1] + text[currency.end() :] if currency else text
     m = _UNIT_AT_END.fullmatch(text)
     if not m:
-        return text, unit
-    words = _FILLERS.sub("", m[2]).split()
-    lower = [word.lower() if len(word) > 2 else word for word in words]
-    names = [word if word == "/" else UNITS.get(word) or UNITS.get(word.removesuffix("s")) for word in lower]
-    power = m[3] or ""
-    if names[:1] == ["square"] and not power:
-        power = "3" if lower.pop(0) == "cubic" else "2"
-        names.pop(0)
-    if None in names or names[-1:] == ["/"] or (unit and names and names != [unit]) or (power and not names):
-        return text, unit
-    name = " ".join(map(str, names))
-    return m[1], (f"{name}^{power}" if power else name) or unit
-
-
-@functools.lru_cache(maxsize=8192)
-def _number(text: str) -> Number | None:
-    """Read a stated plain number: (5/3, "") for "1 2/3", (12, "cm") for "12 cm". Return None for any other text."""
-    try:
-        tokens, unit = _without_unit(_tokens(text))
-    except Unreadable:
-        return None
-    value = _fraction(tokens)
-    return None if value is None else Number(value, unit)
+        return text, ""
+    words = [word.lower() if len(word) > 2 else word for word in _FILLERS.sub("", m[4]).split()]
+    names = [word if word == "/" else UNITS.get(word) or UNITS.get(word.removesuffix("s")) for word in words]
+    power = m[5] or ("2" if m[2] else "3" if m[3] else "")
+    if None in names or names[-1:] == ["/"] or "%" in names[1:] or (power and not names):
+        return text, ""
+    return m[1], " ".join(map(str, names)) + (f"^{power}" if power else "")
 
 
 def _fraction(tokens: str) -> Fraction | None:
     r"""Return the value of a plain number: 5/3 for "1 \frac { 2 } { 3 }". Return None for any other tokens."""
     fraction = rf"\\frac \{{ ((?:- )?{DIGITS}) \}} \{{ ((?:- )?{DIGITS}) \}}"
     m = _NUMBER.fullmatch(re.sub(fraction, r"\1 / \2", tokens))
-    if not m or (m["whole"] and not 0 < Fraction(m["top"]) < Fraction(m["bottom"])):
+    if not m or "- -" in tokens or (m["whole"] and not 0 < Fraction(m["top"]) < Fraction(m["bottom"])):
         return None
     value = Fraction("0" + m["top"].replace(",", ""))
     if m["repeating"]:
@@ -467,25 +428,53 @@ def _fraction(tokens: str) -> Fraction | None:
     return sign * value * Fraction(10) ** int((m["power"] or "0").replace(" ", ""))
 
 
+@functools.lru_cache(maxsize=8192)
+def _number(text: str) -> tuple[Fraction, str] | None:
+    """Read a stated plain number and its unit: (12, "cm") for "12 cm". Return None for any other text."""
+    try:
+        tokens, unit = _without_unit(_tokens(text))
+    except Unreadable:
+        return None
+    value = _fraction(tokens)
+    return None if value is None else (value, unit)
+
+
 def _letters(tokens: str) -> set[str]:
     """Return the variables, each letter of "ab" alone: {"a", "b", "f'"} for "ab + f'". Raises Unreadable for a word."""
     letters: set[str] = set()
     for token in tokens.split():
-        if token.isalpha():
-            if len(token) > 3:
-                raise Unreadable(token)
-            letters.update(token)
-        elif _SYMBOL.fullmatch(token):
-            letters.add(token)
+        if token.isalpha() and len(token) > 3:
+            raise Unreadable(token)
+        letters |= set(token) if token.isalpha() else {token} if _SYMBOL.fullmatch(token) else set()
     return letters - {"e", "i"}
 
 
 # ---- 3. Comparison
 
-_NAME = re.compile(  # what is left of "= 5": "x", "AB", "\angle ABC", "f(3)", "(x,y)". But "e", "i" and "\pi" are numbers
+# What is left of "= 5": "x", "AB", "\angle ABC", "f(3)", "(x,y)". But "e", "i" and "\pi" are numbers.
+_NAME = re.compile(
     rf"(?:\\(?:angle|overline))?\{{?(?![ei](?![\w'])){_SYMBOL.pattern}[A-Z]{{0,2}}\}}?(?:\([\w,.\\/-]*\))?"
     r"|[A-Z]{2,3}|\([a-z](?:,[a-z])+\)"
 )
+# A sum, a product, a factorial, two divisions: nothing of this is in "5", "174 / 2", "- \sqrt { 16 }", "\log_2 8".
+_OPERATOR = re.compile(r"(?<![\\\w])[\w.,]+ (?:[-+*\w(\\])|[)}!] (?:[-+*\w(\\])|!|binom|/.*/")
+# "1 + 2" or "2 * 3", but not "1 + 2 \sqrt"
+_RATIONAL = rf"(?:{DIGITS}|\\frac \{{ {DIGITS} \}} \{{ {DIGITS} \}})"
+_UNFINISHED = re.compile(
+    rf"(?:^|[({{+-] )(?:- )?{_RATIONAL} [-+] {_RATIONAL}(?= [-+)}}]|$)|(?:^|[({{+-] |\w \* ){_RATIONAL} \* {_RATIONAL}(?! \^)"
+    "|!|binom"
+)
+# Two signs, numbers side by side, "1 / 2 x", a bracket that belongs to nothing, a power of a power, "!!"
+_UNCLEAR = re.compile(
+    rf"[-+] [-+]|(?:^|[^^] )(?:{DIGITS}|\)|!) {DIGITS}|/ (?:[\w.]+|\([^()]*\)) (?:\w|\(|\\[a-z])|! !|^\[ [^,]*$"
+    r"|(?:^|[^^}\]tcm]) \{|(?:^|[^t]) \[ \w \] \{|\\(?:frac|binom) [^{]|\\sqrt [^{[]|\^ (?:\S+|\{[^{}]*\}) [\^!]"
+)
+# "9^99999", "9^{9^9}", 100 digits, "3000!", many roots or powers: math-verify would compute for a long time
+_LARGE = re.compile(
+    r"\^ (?:\{ )?(?:- )?\d{5}|\^ \{ [^{}a-z\\]*\^ \{? ?\d|\d{100}|[3-9]\d{3} !|\d{5} !|\( [^()a-z]* \) !|(?:sqrt.*){5}|(?:\^.*){40}"
+)
+_INEQUALITY = re.compile(r"[<>]|\\[lg]e\b")
+_SPECIAL = [r"\infty", r"- \infty", r"\emptyset", r"\R", r"\Z", r"\N", r"\Q", r"\C"]
 
 
 def _equal(gold: str, pred: str) -> bool:
@@ -502,7 +491,7 @@ def _equal(gold: str, pred: str) -> bool:
 def _items(tokens: str) -> list[str]:
     r"""Return the items of a list or set: ["1", "2 + 3", "2 - 3"] for "\{ 1 , 2 \pm 3 \}"."""
     tokens = re.sub(r"^[A-Za-z] = (?=\\\{)", "", tokens)
-    if re.fullmatch(r"\\\{ [^\\{}]*(?:\\(?!\})[^\\]*)*\\\}", tokens):
+    if re.fullmatch(r"\\\{ (?:[^\\]|\\[a-z])* \\\}", tokens):
         tokens = tokens[3:-3]
     items: list[str] = []
     for part in _split(tokens, ","):
@@ -517,7 +506,7 @@ def _same(gold: str, pred: str) -> bool:
     if len(gold_items) != len(rest):
         return False
     if len(rest) == 1:
-        return _same_item(gold_items[0], rest[0])
+        return (r"\{" in gold) == (r"\{" in pred) and _same_item(gold_items[0], rest[0])
     names = {_named(item)[0].partition("_")[0] for item in rest}
     if len(names - {""}) > 1 and not any(_named(item)[0] for item in gold_items):
         return False  # "x = 1, x = 2" can be "1, 2", but "x = 1, y = 2" cannot
@@ -561,21 +550,43 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
         return False
     gold_value, gold_unit = _without_unit(gold_value)
     pred_value, pred_unit = _without_unit(pred_value)
-    if gold_unit and pred_unit and gold_unit != pred_unit:
-        return False
-    if pred_unit.startswith("_") and not gold_unit:
-        return False  # a base is not a unit, because it changes the value
-    gold_number = _fraction(gold_value)
-    pred_number = _fraction(pred_value)
-    if gold_number is not None and pred_number is not None:
-        if gold_unit == "%" and not pred_unit and gold_number == 100 * pred_number:
-            return True  # 15% can be written as 0.15
-        return gold_number == pred_number or (pred_unit == "%" and not gold_unit and pred_number == 100 * gold_number)
+    if pred_unit != gold_unit and (gold_unit and pred_unit or pred_unit.startswith("_")):
+        return False  # if one side has no unit, the question gives it. But a base changes the value
+    a = _fraction(gold_value)
+    b = _fraction(pred_value)
+    if a is not None and b is not None:  # 15% can be written as 15 or as 0.15
+        as_percent = (gold_unit == "%" and not pred_unit and a == 100 * b) or (pred_unit == "%" and not gold_unit and b == 100 * a)
+        return a == b or as_percent
     # An answer is a value. A number for a number is no sum and no product, and nothing else joins two rational numbers.
-    unfinished = _OPERATOR if gold_number is not None else _UNFINISHED
+    unfinished = _UNFINISHED if a is None else _OPERATOR
     if strict and not _letters(pred_value) and unfinished.search(pred_value) and not _UNFINISHED.search(gold_value):
         return False
     return _judge(gold_value, pred_value)
+
+
+def _judge(gold: str, pred: str, equation: bool = False) -> bool:
+    """Let math-verify compare two texts of tokens, if they have the same variables and are small and clear."""
+    if any(_UNCLEAR.search(text) or _LARGE.search(text) or not re.search(r"\w", text) for text in (gold, pred)):
+        raise Unreadable(gold, pred)
+    if gold in _SPECIAL or pred in _SPECIAL:
+        return gold == pred
+    letters = sorted(_letters(gold) | _letters(pred))
+    if bool(_INEQUALITY.search(gold)) != bool(_INEQUALITY.search(pred)):  # "x > 2" can be "(2, \infty)"
+        interval = pred if _INEQUALITY.search(gold) else gold
+        if len(letters) > 1 or not (interval[0] in "([" and "," in interval):
+            return False
+    else:  # math-verify would mix up "(1, 2)" and "[1, 2]", and "x < 2" and "x \le 2"
+        shapes = []
+        for text in (gold, pred):
+            brackets = text[0] + text[-1] if " , " in text or "matrix" in text else ""
+            shapes.append([brackets, *re.findall(r"[<>=:]|\\(?:le|ge|ne|cup|infty [\])]|begin)", text)])
+        if shapes[0] != shapes[1] or _letters(gold) != _letters(pred):
+            return False
+    # Other names, because math-verify knows no case and no primes.
+    names = dict(zip(letters, "abcjkmnopqrstuvwxyz", strict=False))
+    if len(names) < len(letters):
+        raise Unreadable("too many variables")
+    return worker.judge(_latex(gold, names), _latex(pred, names), equation)
 
 
 def _latex(tokens: str, names: dict[str, str]) -> str:
@@ -589,35 +600,6 @@ def _latex(tokens: str, names: dict[str, str]) -> str:
             token = str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
         written.append(names.get(token, token))
     return " ".join(written)
-
-
-_SPECIAL = [r"\infty", r"- \infty", r"\emptyset", r"\R", r"\Z", r"\N", r"\Q", r"\C"]
-
-
-def _shape(tokens: str) -> list[str]:
-    """Return the signs that math-verify would mix up: the brackets of an interval or tuple, and the relations."""
-    outer = tokens[:1] + tokens[-1:] if " , " in tokens or "matrix" in tokens else ""
-    return [outer, *re.findall(r"[<>=:]|\\(?:le|ge|ne|cup|infty [\])]|begin)", tokens)]
-
-
-def _judge(gold: str, pred: str, equation: bool = False) -> bool:
-    """Let math-verify compare two texts of tokens, if they have the same variables and are small and clear."""
-    if any(_UNCLEAR.search(text) or _LARGE.search(text) or not re.search(r"\w", text) for text in (gold, pred)):
-        raise Unreadable(gold, pred)
-    if gold in _SPECIAL or pred in _SPECIAL:
-        return gold == pred
-    letters = sorted(_letters(gold) | _letters(pred))
-    inequalities = [bool(re.search(r"[<>]|\\[lg]e\b", text)) for text in (gold, pred)]
-    if inequalities[0] == inequalities[1]:
-        if _shape(gold) != _shape(pred) or _letters(gold) != _letters(pred):
-            return False
-    elif len(letters) > 1 or not re.search(r"^[(\[]|cup", (pred, gold)[inequalities[1]]):
-        return False  # "x > 2" can be "(2, \infty)"
-    # Other names, because math-verify knows no case and no primes.
-    names = dict(zip(letters, "abcjkmnopqrstuvwxyz", strict=False))
-    if len(names) < len(letters):
-        raise Unreadable("too many variables")
-    return worker.judge(_latex(gold, names), _latex(pred, names), equation)
 
 
 # ---- 4. The worker
