@@ -31,6 +31,8 @@ from typing import NamedTuple
 
 MAX_CHARS = 600  # a longer answer is not read
 MAX_DEPTH = 8  # of brackets
+MAX_ITEMS = 12  # of a list
+MAX_COMMANDS = 12  # powers, roots and functions in one expression
 MAX_DISTINCT = 3  # a text with more different boxes (or markers, or phrases) is guessing
 CPU_SECONDS = 10.0  # of one job in the worker, without the time in the queue or of other programs
 WALL_SECONDS = 120.0  # the same in real time, for the start and for systems that cannot limit CPU time
@@ -125,10 +127,12 @@ _ANY_NUMBER = re.compile(  # "-5", but the minus of "48-24" is no sign; "2\frac{
     rf"|{DIGITS}(?: ?/ ?\d+)?)(?:[eE]-?\d{{1,3}}\b)?(?: ?\\?%)?(?!(?:st|nd|rd|th)\b|[\w^_!])",
     re.ASCII,
 )
+_LEAD_AT_END = re.compile(rf"(?:^|[,:]|\b(?:{LEADS}))\Z", re.IGNORECASE)
+_CALCULATION_AT_END = re.compile(r"(?:^|(?<=[a-z,] ))[\d(][-+*/×÷()=.,\d −–]*=[ *]*\Z")  # "16 - 3 = "
 # Words that make the number at the end of a text another number.
 _CHANGES = re.compile(
     r"n['’]t\b|\b(?:no|not|never|nor|neither|wrong|incorrect|false|without|except|cannot|instead|plus|minus|less|fewer"
-    r"|times|divided|multiplied|over|mod\w*|squared|cubed|half|halves|dozens?|hundreds?|thousands?|\w*illions?|or|than)\b",
+    r"|times(?= \w)|divided|multiplied|over|mod\w*|squared|cubed|half|halves|dozens?|hundreds?|thousands?|\w*illions?|or|than)\b",
     re.IGNORECASE,
 )
 
@@ -222,22 +226,23 @@ def _from_boxes(text: str, boxes: list[Box]) -> list[str]:
 def _from_last_number(text: str) -> str | None:
     """Return the number that ends the last sentence: "13" for "16 - 3 = 13 eggs". Return None for "12 or 13".
 
-    It must come after "=", ",", ":" or a listed word. After such a word, only a unit may follow.
+    It comes after "=", or after ",", ":" or a listed word with only a unit behind it. A calculation must be right.
     """
     sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip(" *$\t")]
-    sentence = sentences[-1][-MAX_CHARS:] if sentences else ""
+    sentence = sentences[-1][-MAX_CHARS:].replace(" x ", " * ").replace("$", "") if sentences else ""
     numbers = list(_ANY_NUMBER.finditer(sentence))
     is_list = len(re.findall(r"\d+", text)) > 1 and not re.search(r"[A-Za-z=]", re.sub(r"\b(?:and|or)\b", "", text))
     if not numbers or (is_list and not _ANY_NUMBER.fullmatch(text.strip(" .$*"))):
         return None
-    before = sentence[: numbers[-1].start()].rstrip(" *$({")
-    after = sentence[numbers[-1].end() :]
-    if before.endswith("=") and not _CHANGES.search(after):
-        calculation = re.search(r"[-+*/×÷()=$.,\d ]*\Z", before)
-        return f"{calculation[0]} {numbers[-1][0]}".replace("$", "").strip(" .,=") if calculation else None
-    if _CHANGES.search(sentence) or not re.search(rf"(?i)(?:^|[,:]|\b(?:{LEADS}))\Z", before):
+    before = sentence[: numbers[-1].start()].rstrip(" *({")
+    after = sentence[numbers[-1].end() :].split()
+    if not before.endswith("=") and not _CHANGES.search(sentence) and _LEAD_AT_END.search(before):
+        return " ".join([numbers[-1][0], *after]).strip(" *)")
+    results = [number for number in numbers if sentence[: number.start()].rstrip(" *({").endswith("=")]
+    if not results or _CHANGES.search(" ".join(sentence[results[-1].end() :].split()[:2])):
         return None
-    return (numbers[-1][0] + after).strip(" *$)")
+    calculation = _CALCULATION_AT_END.search(sentence[: results[-1].start()])
+    return f"{calculation[0]}{results[-1][0]}" if calculation else results[-1][0]
 
 
 def _undecided(statements: list[str]) -> bool:
@@ -309,7 +314,9 @@ UNITS = {
 _FILLERS = re.compile(r"\b(?:in (?:total|all)|altogether|total|each|left|more(?= [a-z])|of (?:the |all )?(?=[a-z]))\b")
 _WORD = r"(?:[A-Za-z]{2,}|[A-Za-z](?= /)|(?<=/ )[A-Za-z]|m(?= \^ |$)|[%/])"
 # "15 cm ^ 2", "15 square cm", "5 km / h"
-_UNIT_AT_END = re.compile(rf"(.*?[^/ ]) (?:(square|sq)|(cubic))? ?({_WORD}(?: {_WORD})*)(?: \^ (?:\{{ )?([23])(?: \}})?)?")
+_UNIT_AT_END = re.compile(
+    rf"(.*?[^/ ]) (?:(square|sq)|(cubic))? ?({_WORD}(?: {_WORD})*)(?: \^ (?:\{{ )?([23])(?: \}})?)?"
+)
 _NUMBER = re.compile(
     rf"(?P<signs>[-+] |- - |)(?:(?P<whole>\d+) (?=\d+ /))?(?P<top>{DIGITS}(?:[eE]-?\d+)?|\d*\.(?=\\|\d*\\))"
     rf"(?:\\overline ?\{{(?P<repeating>\d+)\}})?(?: / (?P<minus>- )?(?P<bottom>{DIGITS}))?"
@@ -343,13 +350,14 @@ def _tokens(text: str) -> str:
     if _TOKEN.sub("", text).strip(" "):
         raise Unreadable(text)
     tokens: list[str] = []
+    depth = 0
     for m in _TOKEN.finditer(text):
         token = _ALIASES.get(m[0], m[0])
         if token == "," and tokens[-1:] == [","]:  # "3, 4, and 5"
             continue
-        in_brackets = len(_split(" ".join(tokens) + " ,", ",")) == 1
+        depth += (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}"))
         # In "(100,200)" the comma separates.
-        tokens += re.findall(r"[\d.]+|,", token) if in_brackets and re.match(r"\d+,", token) else [token]
+        tokens += re.findall(r"[\d.]+|,", token) if depth and re.match(r"\d+,", token) else [token]
     text = re.sub(r"_\{(\w)\}", r"_\1", " ".join(tokens).replace(r"[2pt]", ""))
     for _ in range(2):  # braces for both arguments of "\frac \pi 3"
         argument = rf"(\\(?:frac|sqrt|binom)(?: \{{[^{{}}]*\}}| \[ \w \])?) (\d|\\pi|{_SYMBOL.pattern})(?= |$)"
@@ -466,12 +474,12 @@ _UNFINISHED = re.compile(
 )
 # Two signs, numbers side by side, "1 / 2 x", a bracket that belongs to nothing, a power of a power, "!!"
 _UNCLEAR = re.compile(
-    rf"[-+] [-+]|(?:^|[^^] )(?:{DIGITS}|\)|!) {DIGITS}|/ (?:[\w.]+|\([^()]*\)) (?:\w|\(|\\[a-z])|! !|^\[ [^,]*$"
+    rf"[-+] [-+]|(?:^|[^^] )(?:{DIGITS}|\)|!) {DIGITS}|/ (?:[\w.]+|\([^()]*\)) (?:\w|\(|\\(?!end)[a-z])|! !|^\[ [^,]*$"
     r"|(?:^|[^^}\]tcm]) \{|(?:^|[^t]) \[ \w \] \{|\\(?:frac|binom) [^{]|\\sqrt [^{[]|\^ (?:\S+|\{[^{}]*\}) [\^!]"
 )
 # "9^99999", "9^{9^9}", 100 digits, "3000!", many roots or powers: math-verify would compute for a long time
 _LARGE = re.compile(
-    r"\^ (?:\{ )?(?:- )?\d{5}|\^ \{ [^{}a-z\\]*\^ \{? ?\d|\d{100}|[3-9]\d{3} !|\d{5} !|\( [^()a-z]* \) !|(?:sqrt.*){5}|(?:\^.*){40}"
+    r"\^ (?:\{ )?(?:- )?\d{5}|\^ \{ [^{}a-z\\]*\^ \{? ?\d|\d{100}|[3-9]\d{3} !|\d{5} !|\( [^()a-z]* \) !"
 )
 _INEQUALITY = re.compile(r"[<>]|\\[lg]e\b")
 _SPECIAL = [r"\infty", r"- \infty", r"\emptyset", r"\R", r"\Z", r"\N", r"\Q", r"\C"]
@@ -496,6 +504,8 @@ def _items(tokens: str) -> list[str]:
     items: list[str] = []
     for part in _split(tokens, ","):
         items += [part.replace(r"\pm", sign).removeprefix("+ ") for sign in "+-"] if r"\pm" in part else [part]
+    if len(items) > MAX_ITEMS:
+        raise Unreadable("too many items")
     return items
 
 
@@ -555,7 +565,9 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
     a = _fraction(gold_value)
     b = _fraction(pred_value)
     if a is not None and b is not None:  # 15% can be written as 15 or as 0.15
-        as_percent = (gold_unit == "%" and not pred_unit and a == 100 * b) or (pred_unit == "%" and not gold_unit and b == 100 * a)
+        as_percent = (gold_unit == "%" and not pred_unit and a == 100 * b) or (
+            pred_unit == "%" and not gold_unit and b == 100 * a
+        )
         return a == b or as_percent
     # An answer is a value. A number for a number is no sum and no product, and nothing else joins two rational numbers.
     unfinished = _UNFINISHED if a is None else _OPERATOR
@@ -566,8 +578,10 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
 
 def _judge(gold: str, pred: str, equation: bool = False) -> bool:
     """Let math-verify compare two texts of tokens, if they have the same variables and are small and clear."""
-    if any(_UNCLEAR.search(text) or _LARGE.search(text) or not re.search(r"\w", text) for text in (gold, pred)):
-        raise Unreadable(gold, pred)
+    for text in (gold, pred):
+        n_commands = len(re.findall(r"\\(?!frac|pi)[a-z]", text)) + len(re.findall(r"[|^]", text))
+        if _UNCLEAR.search(text) or _LARGE.search(text) or n_commands > MAX_COMMANDS or not re.search(r"\w", text):
+            raise Unreadable(text)
     if gold in _SPECIAL or pred in _SPECIAL:
         return gold == pred
     letters = sorted(_letters(gold) | _letters(pred))
@@ -610,59 +624,31 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._state = ""  # "ready" after math-verify was imported, "missing" if it could not be
+        self._ready: bool | None = None  # None while the process imports math-verify, False if it could not
         self._lock = threading.Lock()
-        self._remembered = functools.lru_cache(maxsize=8192)(self._ask)  # completions often state the same answer
+        self.judge = functools.lru_cache(maxsize=8192)(self._judge)  # completions often state the same answer
 
-    @property
-    def pid(self) -> int | None:
-        """Id of the process, or None if there is none."""
-        return self._process.pid if self._process else None
-
-    def judge(self, gold: str, pred: str, equation: bool) -> bool:
+    def _judge(self, gold: str, pred: str, equation: bool) -> bool:
         """Return whether two formulas are equal. Raises Unreadable, and TimeoutError if the process died."""
-        status = self._remembered(gold, pred, equation)
-        if status == "parse_failed":
-            raise Unreadable(gold, pred)
-        return status == "correct"
-
-    def reset(self) -> None:
-        """Stop the process and forget all statuses. The next job starts a new process."""
         with self._lock:
-            self.stop()
-            self._state = ""
-            self._remembered.cache_clear()
-
-    def stop(self) -> None:
-        """Stop the process. This takes no lock, because another thread can still hold it when Python exits."""
-        if self._process:
-            self._process.kill()
-            self._process.communicate()  # waits for the end and closes the pipes
-        self._process = None
-
-    def after_fork(self) -> None:
-        """Forget the process, because it is the parent's. Replace the lock, because its thread may not exist here."""
-        self._process = None
-        self._lock = threading.Lock()
-
-    def _ask(self, gold: str, pred: str, equation: bool) -> str:
-        with self._lock:
-            if self._process is None and self._state != "missing":
+            if self._process is None and self._ready is not False:
                 self._start()
-            if not self._state:
-                self._state = self._reply("") or "missing"
-                if self._state == "missing":
+            if self._ready is None:
+                self._ready = self._reply("") == "ready"
+                if not self._ready:
                     log.warning("math-verify could not be loaded: only numbers, words and equal text will be rewarded")
-            if self._state == "missing":
-                return "correct" if gold == pred else "parse_failed"
-            status = self._reply(json.dumps([gold, pred, equation]) + "\n")  # json writes any text as ASCII
+            if not self._ready and gold != pred:
+                raise Unreadable(gold, pred)
+            status = self._reply(json.dumps([gold, pred, equation])) if self._ready else "True"
             if not status:
                 self._start()  # it imports in the background
                 raise TimeoutError
-        return status
+        if status == "unreadable":
+            raise Unreadable(gold, pred)
+        return status == "True"
 
     def _start(self) -> None:
-        self._state = ""
+        self._ready = None
         self._process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "--worker"],
             stdin=subprocess.PIPE,
@@ -673,14 +659,14 @@ class Worker:
         )
 
     def _reply(self, job: str) -> str:
-        """Send a job and return the next line of the process, or "" if the process died or took too long."""
+        """Send a job, if it is not empty. Return the next line, or "" if the process died or took too long."""
         process = self._process
         assert process and process.stdin and process.stdout  # for mypy
         line = b""
         timer = threading.Timer(WALL_SECONDS, process.kill)  # ends `readline` on every system and in every thread
         timer.start()
         try:
-            process.stdin.write(job.encode())
+            process.stdin.write(f"{job}\n".encode() if job else b"")
             line = process.stdout.readline()
         except BrokenPipeError:
             pass
@@ -690,21 +676,28 @@ class Worker:
                 self.stop()
         return line.decode().strip()
 
+    def stop(self) -> None:
+        """Stop the process. This takes no lock, because another thread can still hold it when Python exits."""
+        if self._process:
+            self._process.kill()
+            self._process.communicate()  # waits for the end and closes the pipes
+        self._process = None
+
 
 worker = Worker()
-atexit.register(worker.stop)
+atexit.register(lambda: worker.stop())
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=worker.after_fork)
+    os.register_at_fork(after_in_child=worker.__init__)  # the process and the lock are the parent's
 
 
 def _serve() -> None:
-    """Run the worker: read lines [gold, pred, equation] as JSON and write a status for each, until the parent ends."""
+    """Run the worker: read lines [gold, pred, equation] as JSON and write a line for each, until the parent ends."""
     import signal
 
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints must not be taken for a status
+    os.dup2(2, 1)  # what a library prints must not be taken for a reply
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and stops this process
-    # SIGPROF ends this process. It counts CPU time, so a status does not depend on other programs. Windows has none.
+    # SIGPROF ends this process. It counts CPU time, so a reply does not depend on other programs. Windows has none.
     set_timer = getattr(signal, "setitimer", lambda which, seconds: None)
     try:
         import resource
@@ -714,16 +707,14 @@ def _serve() -> None:
         pass  # Windows has no such limit and macOS may refuse it; the time limit still holds
     from latex2sympy2_extended.latex2sympy2 import latex2sympy  # math-verify's parser
     from math_verify import grader, verify
-    from sympy import E, Float, I, Rational, Symbol, simplify
+    from sympy import E, I, Symbol, simplify
 
-    # math-verify compares decimals rounded and takes a difference below 1e-15 for zero, so all tiny numbers are equal.
-    # Here a decimal is a fraction, and sympy decides about the difference if it can.
+    # math-verify takes a difference below 1e-15 for zero. Here sympy decides about the difference if it can.
     rounded_equal = grader.sympy_numeric_eq
 
     def exactly_equal(a, b, *digits):  # type: ignore[no-untyped-def]
-        if a.is_Matrix or b.is_Matrix:
-            return rounded_equal(a, b, *digits)  # it calls this function for each entry
-        return (a - b).is_zero is not False and rounded_equal(a, b, *digits)
+        is_matrix = a.is_Matrix or b.is_Matrix  # then it calls this function for each entry
+        return (is_matrix or (a - b).is_zero is not False) and rounded_equal(a, b, *digits)
 
     grader.sympy_numeric_eq = exactly_equal
 
@@ -734,16 +725,15 @@ def _serve() -> None:
 
     def compare(gold: str, pred: str, equation: bool) -> str:
         try:
-            gold_tree = parse(gold)
-            pred_tree = parse(pred)
+            trees = [parse(text) for text in (gold, pred)]
         except Exception:
-            return "parse_failed"
-        if equation:  # both are left minus right
-            factor = simplify(gold_tree / pred_tree)
-            return "correct" if factor.is_number and factor.is_finite and factor.is_nonzero else "wrong"
+            return "unreadable"
+        if equation:  # both are left minus right, and must be a constant times the other
+            factor = simplify(trees[0] / trees[1])
+            return str(bool(factor.is_number and factor.is_finite and factor.is_nonzero))
         # float_rounding counts decimals. It matters where sympy cannot decide: with few of them, 3.14 would equal pi.
-        equal = verify([gold_tree], [pred_tree], float_rounding=12, allow_set_relation_comp=True, timeout_seconds=None)
-        return "correct" if equal else "wrong"
+        options = {"float_rounding": 12, "allow_set_relation_comp": True, "timeout_seconds": None}
+        return str(verify([trees[0]], [trees[1]], **options))
 
     compare("x ^ { 2 }", "x ^ { 2 }", False)  # loads the grammar now
     print("ready", file=replies)
