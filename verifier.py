@@ -131,8 +131,8 @@ _LEAD_AT_END = re.compile(rf"(?:^|[,:]|\b(?:{LEADS}))\Z", re.IGNORECASE)
 _CALCULATION_AT_END = re.compile(r"(?:^|(?<=[a-z,] ))[\d(][-+*/×÷()=.,\d −–]*=[ *]*\Z")  # "16 - 3 = "
 # Words that make the number at the end of a text another number.
 _CHANGES = re.compile(
-    r"n['’]t\b|\b(?:no|not|never|nor|neither|wrong|incorrect|false|without|except|cannot|instead|plus|minus|less|fewer"
-    r"|times(?= \w)|divided|multiplied|over|mod\w*|squared|cubed|half|halves|dozens?|hundreds?|thousands?|\w*illions?|or|than)\b",
+    r"n['’]t\b|\b(?:no|not|never|nor|neither|wrong|incorrect|false|without|except|cannot|instead|plus|minus|less|fewer|over|or"
+    r"|times(?= \w)|divided|multiplied|mod\w*|squared|cubed|half|halves|dozens?|hundreds?|thousands?|\w*illions?|than)\b",
     re.IGNORECASE,
 )
 
@@ -301,14 +301,16 @@ _TOKEN = re.compile(
 # A unit has one name for all its spellings. A plural with "s" is not listed. A counted thing names itself.
 UNITS = {
     spelling: spellings.split()[0]
-    for spellings in """
-    mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, inch in inche, foot ft feet
-    , yard yd, mile mi, mg milligram, g gram, kg kilogram, lb pound, oz ounce, ton tonne, ml mL milliliter millilitre
-    , liter L l litre, gallon, quart, pint, second s sec, minute min, hour h hr, day, week, month, year, cent, dollar, euro
-    , degree, radian rad, mph, % percent, unit, time, point, piece, slice, cup, box boxe, bag, bottle, apple, orange, egg
-    , cookie, person people, child children, boy, girl, student, friend, book, page, pencil, card, ticket, clip, coin
-    , marble, flower, tree, dog, cat, car, toy
-    """.split(",")
+    for spellings in re.split(
+        ",",
+        """
+    mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, inch in inche
+    , foot ft feet, yard yd, mile mi, mg milligram, g gram, kg kilogram, lb pound, oz ounce, ton tonne
+    , ml mL milliliter millilitre, l L liter litre, gallon, quart, pint, second s sec, minute min, hour h hr, day, week, month, year, cent, dollar
+    , euro, degree, radian rad, mph, % percent, unit, time, point, piece, slice, cup, box boxe, bag, bottle, apple, orange
+    , egg, cookie, person people, child children, boy, girl, student, friend, book, page, pencil, card, ticket, clip, coin
+    , marble, flower, tree, dog, cat, car, toy""",
+    )
     for spelling in spellings.split()
 }
 _FILLERS = re.compile(r"\b(?:in (?:total|all)|altogether|total|each|left|more(?= [a-z])|of (?:the |all )?(?=[a-z]))\b")
@@ -469,8 +471,8 @@ _OPERATOR = re.compile(r"(?<![\\\w])[\w.,]+ (?:[-+*\w(\\])|[)}!] (?:[-+*\w(\\])|
 # "1 + 2" or "2 * 3", but not "1 + 2 \sqrt"
 _RATIONAL = rf"(?:{DIGITS}|\\frac \{{ {DIGITS} \}} \{{ {DIGITS} \}})"
 _UNFINISHED = re.compile(
-    rf"(?:^|[({{+-] )(?:- )?{_RATIONAL} [-+] {_RATIONAL}(?= [-+)}}]|$)|(?:^|[({{+-] |\w \* ){_RATIONAL} \* {_RATIONAL}(?! \^)"
-    "|!|binom"
+    rf"(?:^|[({{+-] )(?:- )?{_RATIONAL} [-+] {_RATIONAL}(?= [-+)}}]|$)"
+    rf"|(?:^|[({{+-] |\w \* ){_RATIONAL} \* {_RATIONAL}(?! \^)|!|binom"
 )
 # Two signs, numbers side by side, "1 / 2 x", a bracket that belongs to nothing, a power of a power, "!!"
 _UNCLEAR = re.compile(
@@ -560,7 +562,7 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
         return False
     gold_value, gold_unit = _without_unit(gold_value)
     pred_value, pred_unit = _without_unit(pred_value)
-    if pred_unit != gold_unit and (gold_unit and pred_unit or pred_unit.startswith("_")):
+    if pred_unit != gold_unit and ((gold_unit and pred_unit) or pred_unit.startswith("_")):
         return False  # if one side has no unit, the question gives it. But a base changes the value
     a = _fraction(gold_value)
     b = _fraction(pred_value)
@@ -579,8 +581,17 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
 def _judge(gold: str, pred: str, equation: bool = False) -> bool:
     """Let math-verify compare two texts of tokens, if they have the same variables and are small and clear."""
     for text in (gold, pred):
+        has_infinity = "infty" in re.sub(
+            r"[(\[] - \\infty ,|, (\+ )?\\infty [)\]]", "", text
+        )  # not only in an interval
         n_commands = len(re.findall(r"\\(?!frac|pi)[a-z]", text)) + len(re.findall(r"[|^]", text))
-        if _UNCLEAR.search(text) or _LARGE.search(text) or n_commands > MAX_COMMANDS or not re.search(r"\w", text):
+        if (
+            _UNCLEAR.search(text)
+            or _LARGE.search(text)
+            or n_commands > MAX_COMMANDS
+            or (has_infinity and text not in _SPECIAL)
+            or not re.search(r"\w", text)
+        ):
             raise Unreadable(text)
     if gold in _SPECIAL or pred in _SPECIAL:
         return gold == pred
@@ -623,10 +634,24 @@ class Worker:
     """A process that runs math-verify. It starts with the first job and does one job at a time, for all threads."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, also in a forked child, where the process and the lock are the parent's."""
         self._process: subprocess.Popen[bytes] | None = None
         self._ready: bool | None = None  # None while the process imports math-verify, False if it could not
         self._lock = threading.Lock()
         self.judge = functools.lru_cache(maxsize=8192)(self._judge)  # completions often state the same answer
+
+    @property
+    def pid(self) -> int | None:
+        """Id of the process, or None if there is none."""
+        return self._process.pid if self._process else None
+
+    def reset(self) -> None:
+        """Stop the process and forget all verdicts."""
+        self.stop()
+        self.forget()
 
     def _judge(self, gold: str, pred: str, equation: bool) -> bool:
         """Return whether two formulas are equal. Raises Unreadable, and TimeoutError if the process died."""
@@ -685,9 +710,9 @@ class Worker:
 
 
 worker = Worker()
-atexit.register(lambda: worker.stop())
+atexit.register(worker.stop)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=worker.__init__)  # the process and the lock are the parent's
+    os.register_at_fork(after_in_child=worker.forget)
 
 
 def _serve() -> None:
@@ -714,7 +739,8 @@ def _serve() -> None:
 
     def exactly_equal(a, b, *digits):  # type: ignore[no-untyped-def]
         is_matrix = a.is_Matrix or b.is_Matrix  # then it calls this function for each entry
-        return (is_matrix or (a - b).is_zero is not False) and rounded_equal(a, b, *digits)
+        may_be_zero = is_matrix or ((a - b).is_zero is not False and (a - b).is_finite is not False)
+        return may_be_zero and rounded_equal(a, b, *digits)
 
     grader.sympy_numeric_eq = exactly_equal
 
