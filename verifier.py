@@ -128,11 +128,11 @@ _ANY_NUMBER = re.compile(  # "-5", but the minus of "48-24" is no sign; "2\frac{
     re.ASCII,
 )
 _LEAD_AT_END = re.compile(rf"(?:^|[,:]|\b(?:{LEADS}))\Z", re.IGNORECASE)
-_CALCULATION_AT_END = re.compile(r"(?:^|(?<=[a-z,] ))[\d(][-+*/×÷()=.,\d −–]*=[ *]*\Z")  # "16 - 3 = "
+_CALCULATION_AT_END = re.compile(r"(?:^|(?<=[a-z,=] ))[\d(][-+*/×÷()=.,\d −–]*=[ *]*\Z")  # "16 - 3 = "
 # Words that make the number at the end of a text another number.
 _CHANGES = re.compile(
-    r"n['’]t\b|\b(?:no|not|never|nor|neither|wrong|incorrect|false|without|except|cannot|instead|plus|minus|less|fewer|over|or"
-    r"|times(?= \w)|divided|multiplied|mod\w*|squared|cubed|half|halves|dozens?|hundreds?|thousands?|\w*illions?|than)\b",
+    r"n['’]t\b|\b(?:no|not|never|nor|neither|wrong|incorrect|false|without|except|cannot|instead|plus|minus|less|fewer|over"
+    r"|or|times(?= \w)|divided|multiplied|mod\w*|squared|cubed|half|halves|dozens?|hundreds?|thousands?|\w*illions?|than)\b",
     re.IGNORECASE,
 )
 
@@ -306,10 +306,10 @@ UNITS = {
         """
     mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, inch in inche
     , foot ft feet, yard yd, mile mi, mg milligram, g gram, kg kilogram, lb pound, oz ounce, ton tonne
-    , ml mL milliliter millilitre, l L liter litre, gallon, quart, pint, second s sec, minute min, hour h hr, day, week, month, year, cent, dollar
-    , euro, degree, radian rad, mph, % percent, unit, time, point, piece, slice, cup, box boxe, bag, bottle, apple, orange
-    , egg, cookie, person people, child children, boy, girl, student, friend, book, page, pencil, card, ticket, clip, coin
-    , marble, flower, tree, dog, cat, car, toy""",
+    , ml mL milliliter millilitre, l L liter litre, gallon, quart, pint, second s sec, minute min, hour h hr
+    , day, week, month, year, cent, dollar, euro, degree, radian rad, mph, % percent, unit, time, point, piece, slice, cup
+    , box boxe, bag, bottle, apple, orange, egg, cookie, person people, child children, boy, girl, student, friend, book, page, pencil, card, ticket, clip
+    , coin, marble, flower, tree, dog, cat, car, toy""",
     )
     for spelling in spellings.split()
 }
@@ -468,6 +468,8 @@ _NAME = re.compile(
 )
 # A sum, a product, a factorial, two divisions: nothing of this is in "5", "174 / 2", "- \sqrt { 16 }", "\log_2 8".
 _OPERATOR = re.compile(r"(?<![\\\w])[\w.,]+ (?:[-+*\w(\\])|[)}!] (?:[-+*\w(\\])|!|binom|/.*/")
+_PRIME_POWER = r"(?:2|3|5|7|11|13)(?: \^ (?:\{ \d+ \}|\d+))?"
+_PRIME_POWERS = re.compile(rf"(?=.*\^){_PRIME_POWER}(?: (?:\* )?{_PRIME_POWER})*")  # "2 ^ 3 * 3 ^ 2"
 # "1 + 2" or "2 * 3", but not "1 + 2 \sqrt"
 _RATIONAL = rf"(?:{DIGITS}|\\frac \{{ {DIGITS} \}} \{{ {DIGITS} \}})"
 _UNFINISHED = re.compile(
@@ -573,7 +575,15 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
         return a == b or as_percent
     # An answer is a value. A number for a number is no sum and no product, and nothing else joins two rational numbers.
     unfinished = _UNFINISHED if a is None else _OPERATOR
-    if strict and not _letters(pred_value) and unfinished.search(pred_value) and not _UNFINISHED.search(gold_value):
+    bases = re.findall(r"(?<!\^ )(?<!\{ )\b\d+", pred_value)
+    is_factorization = _PRIME_POWERS.fullmatch(pred_value) and len(set(bases)) == len(bases)
+    if (
+        strict
+        and not is_factorization
+        and not _letters(pred_value)
+        and unfinished.search(pred_value)
+        and not _UNFINISHED.search(gold_value)
+    ):
         return False
     return _judge(gold_value, pred_value)
 
@@ -656,7 +666,7 @@ class Worker:
     def _judge(self, gold: str, pred: str, equation: bool) -> bool:
         """Return whether two formulas are equal. Raises Unreadable, and TimeoutError if the process died."""
         with self._lock:
-            if self._process is None and self._ready is not False:
+            if self._ready is not False and (self._process is None or self._process.poll() is not None):
                 self._start()
             if self._ready is None:
                 self._ready = self._reply("") == "ready"
@@ -752,6 +762,8 @@ def _serve() -> None:
     def compare(gold: str, pred: str, equation: bool) -> str:
         try:
             trees = [parse(text) for text in (gold, pred)]
+        except MemoryError:
+            raise
         except Exception:
             return "unreadable"
         if equation:  # both are left minus right, and must be a constant times the other
