@@ -131,8 +131,9 @@ _LEAD_AT_END = re.compile(rf"(?:^|[,:]|\b(?:{LEADS}))\Z", re.IGNORECASE)
 _CALCULATION_AT_END = re.compile(r"(?:^|(?<=[a-z,=] ))[\d(][-+*/×÷()=.,\d −–]*=[ *]*\Z")  # "16 - 3 = "
 # Words that make the number at the end of a text another number.
 _CHANGES = re.compile(
-    r"n['’]t\b|\b(?:no|not|never|nor|neither|wrong|incorrect|false|without|except|cannot|instead|plus|minus|less|fewer|over"
-    r"|or|times(?= \w)|divided|multiplied|mod\w*|squared|cubed|half|halves|dozens?|hundreds?|thousands?|\w*illions?|than)\b",
+    r"n['’]t\b|\b(?:no|not|never|nor|neither|wrong|incorrect|false|without|except|cannot|instead|plus|minus|less|fewer"
+    r"|over|or|times(?= \w)|divided|multiplied|mod\w*|squared|cubed|half|halves|dozens?|hundreds?|thousands?"
+    r"|\w*illions?|than)\b",
     re.IGNORECASE,
 )
 
@@ -304,12 +305,12 @@ UNITS = {
     for spellings in re.split(
         ",",
         """
-    mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, inch in inche
-    , foot ft feet, yard yd, mile mi, mg milligram, g gram, kg kilogram, lb pound, oz ounce, ton tonne
-    , ml mL milliliter millilitre, l L liter litre, gallon, quart, pint, second s sec, minute min, hour h hr
-    , day, week, month, year, cent, dollar, euro, degree, radian rad, mph, % percent, unit, time, point, piece, slice, cup
-    , box boxe, bag, bottle, apple, orange, egg, cookie, person people, child children, boy, girl, student, friend, book, page, pencil, card, ticket, clip
-    , coin, marble, flower, tree, dog, cat, car, toy""",
+    mm millimeter millimetre, cm centimeter centimetre, m meter metre, km kilometer kilometre, inch in inche, foot
+    ft feet, yard yd, mile mi, mg milligram, g gram, kg kilogram, lb pound, oz ounce, ton tonne, ml mL milliliter
+    millilitre, l L liter litre, gallon, quart, pint, second s sec, minute min, hour h hr, day, week, month, year,
+    cent, dollar, euro, degree, radian rad, mph, % percent, unit, time, point, piece, slice, cup, box boxe, bag,
+    bottle, apple, orange, egg, cookie, person people, child children, boy, girl, student, friend, book, page,
+    pencil, card, ticket, clip, coin, marble, flower, tree, dog, cat, car, toy""",
     )
     for spelling in spellings.split()
 }
@@ -754,6 +755,7 @@ def _serve() -> None:
 
     grader.sympy_numeric_eq = exactly_equal
 
+    @functools.lru_cache(maxsize=1024)
     def parse(text):  # type: ignore[no-untyped-def]
         is_real = not re.search(r"(?<![\\a-z])i(?![a-z])", text)
         tree = latex2sympy(text, is_real=is_real, convert_degrees=False, normalization_config=None)
