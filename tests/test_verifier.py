@@ -86,13 +86,13 @@ def fake_library(tmp_path, monkeypatch, fresh_worker):
         (tmp_path / package / "__init__.py").write_text(code)
     (tmp_path / "math_verify" / "grader.py").write_text("def sympy_numeric_eq(a, b, *digits): pass\n")
     (tmp_path / "latex2sympy2_extended" / "latex2sympy2.py").write_text(
-        "import mmap, os, time\n"
+        "import os\n"
         "def latex2sympy(text, **options):\n"
         "    if 'sinh' in text: print('wrong', flush=True)\n"
         "    if 'cosh' in text:\n"
         "        while True: pass\n"
         "    if 'tanh' in text: os._exit(3)\n"
-        "    if 'cot' in text: mmap.mmap(-1, 2 << 30)\n"
+        "    if 'cot' in text: bytearray(2 << 30)\n"
         "    return text\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
