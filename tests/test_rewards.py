@@ -19,12 +19,9 @@ class Share:
     value: float
 
 def length(completion, row):
+    assert row["level"] in (1, 2) and row["question"].endswith("?") and row["tags"] == ["a", "b"]
     row["answer"] = None
     return Share(len(completion) / beside.LONGEST).value
-
-def sees_the_row(completion, row):
-    assert row["level"] in (1, 2) and row["question"].endswith("?") and row["tags"] == ["a", "b"]
-    return row["level"] / 2
 
 def raises(completion, row):
     return 1 / len(row["nothing"])
@@ -77,22 +74,6 @@ def test_every_script_trains_on_a_reward_of_ones_own(name, small, own, tmp_path,
     assert all("row" not in record for record in lines(tmp_path / "r" / "completions.jsonl"))
 
 
-def test_the_function_sees_the_row_with_all_its_columns(small, own, tmp_path, monkeypatch):
-    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:sees_the_row", "--name", "r")
-    call(monkeypatch, "grpo", *flags)
-    assert {record["reward"] for record in lines(tmp_path / "r" / "completions.jsonl")} <= {0.5, 1.0}
-
-
-@pytest.mark.slow
-def test_resume_and_eval_only_use_the_stored_reward(small, own, tmp_path, monkeypatch):
-    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:length", "--name", "r")
-    call(monkeypatch, "grpo", *flags)
-    call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"), "--steps", "3")
-    assert [0 < step["reward"] < 1 for step in lines(tmp_path / "r" / "metrics.jsonl")] == [True] * 3
-    call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"), "--eval-only")
-    assert "reward" in json.loads((tmp_path / "r" / "eval.json").read_text())[-1]
-
-
 @pytest.mark.parametrize("value, told", [
     ("{own}/mine.py", "FILE.py:FUNCTION"), ("{own}/mine.txt:length", "FILE.py:FUNCTION"),
     ("length", "FILE.py:FUNCTION"),
@@ -116,7 +97,11 @@ def test_a_file_that_cannot_be_imported_is_refused_with_its_traceback(small, own
 def test_a_function_that_fails_ends_the_run_with_one_line_and_loses_nothing(small, own, tmp_path, monkeypatch, capsys):
     function = f"{own}/mine.py:length"
     call(monkeypatch, "grpo", *small("--dataset", own / "rows.jsonl", "--reward", function, "--name", "r"))
-    resume = ("--resume", str(tmp_path / "r"), "--steps", "3", "--reward")
+    resume = ("--resume", str(tmp_path / "r"))
+    call(monkeypatch, "grpo", *resume, "--steps", "3")  # with the reward that the run has stored
+    assert [0 < step["reward"] < 1 for step in lines(tmp_path / "r" / "metrics.jsonl")] == [True] * 3
+    call(monkeypatch, "grpo", *resume, "--eval-only")
+    assert "reward" in json.loads((tmp_path / "r" / "eval.json").read_text())[-1]
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
     for name, told in {
         "raises": "KeyError: 'nothing'", "nan": "returned nan", "text": "returned '1.0'", "nothing": "returned None",
@@ -124,14 +109,14 @@ def test_a_function_that_fails_ends_the_run_with_one_line_and_loses_nothing(smal
     }.items():  # fmt: skip
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            call(monkeypatch, "grpo", *resume, f"{own}/mine.py:{name}")
+            call(monkeypatch, "grpo", *resume, "--steps", "4", "--reward", f"{own}/mine.py:{name}")
         first, *below = capsys.readouterr().err.strip().partition("error: ")[2].splitlines()
         assert stop.value.code == 2
         for part in (f"mine.py:{name}", told, "given the completion '", f"--resume {tmp_path / 'r'}"):
             assert part in first
         assert (f"in {name}" in "".join(below)) == (name in ("raises", "leaves"))  # the user's code
         assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
-        assert (tmp_path / "r" / "checkpoint-2" / "state.pt").exists()
+        assert (tmp_path / "r" / "checkpoint-3" / "state.pt").exists()
 
 
 @pytest.mark.slow
