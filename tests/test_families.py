@@ -180,16 +180,6 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
     torch.testing.assert_close(again(r.completion_ids).logits, model(r.completion_ids).logits, atol=rounding, rtol=0)
 
 
-@pytest.mark.parametrize("family, name", [("Cohere", "logit_scale"), ("Granite", "logits_scaling"),
-                                          ("Gemma2", "final_logit_softcapping")])  # fmt: skip
-def test_what_a_family_does_behind_its_head_is_part_of_the_log_probs(family, name, tmp_path):
-    """With the factor the log-probs are those of the model's own logits; another factor gives others."""
-    model, tokenizer = load_model(checkpoint(family, tmp_path / "a"), torch.device("cpu"))
-    r = rollout_of(model, tokenizer, Q=1)
-    setattr(model.config, name, 1.5)
-    assert (score(model, r)[0] - r.logprobs).abs().max() > 1e-3
-
-
 def test_a_soft_cap_in_bf16_is_not_refused_for_its_rounding(tmp_path):
     model, _ = load_model(checkpoint("Gemma2", tmp_path / "a"), torch.device("cpu"), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
