@@ -14,23 +14,15 @@ from harness.options import parse
 sys.path.insert(0, str(ROOT / "docs"))
 import build
 
-SECTIONS = [
-    "The idea", "The equations", "The diff against grpo.py", "Options", "Metrics", "Details that the paper leaves out",
-    "Results", "What to look at", "First three sweeps",
-]  # fmt: skip
-
 
 def text_of(method):
     return (ROOT / "docs" / f"{method}.md").read_text()
 
 
 @pytest.mark.parametrize("method", build.METHODS)
-def test_a_page_quotes_the_code_as_it_is_is_short_and_has_all_sections_in_order(method):
+def test_a_page_quotes_the_code_as_it_is(method):
     text = text_of(method)
     assert text == build.page(text, method), "stale: run python docs/build.py"
-    assert len(text.splitlines()) <= 220
-    expected = ["The loop" if method == "grpo" and "diff" in name else name for name in SECTIONS]
-    assert re.findall(r"^## (.*)", text, re.MULTILINE) == expected
 
 
 @pytest.mark.parametrize("method", build.METHODS)
@@ -78,10 +70,8 @@ def notebook():
     return pytest.importorskip("nbformat").read(ROOT / "docs" / "first_run.ipynb", as_version=4)
 
 
-def test_the_notebook_is_short_and_was_run_from_top_to_bottom():
-    cells = notebook().cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    assert len(cells) <= 15
+def test_the_notebook_was_run_from_top_to_bottom():
+    code = [cell for cell in notebook().cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
