@@ -185,13 +185,12 @@ def test_a_result_stays_valid_when_a_script_gets_a_new_option_or_loses_one(tmp_p
     stored = training_runs.identity(run)
     del stored["config"]["token_budget"]
     stored["config"]["an option that is gone"] = 1
-    folder = tmp_path / training_runs.name_of(run)
-    folder.mkdir()
-    (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
-    assert training_runs.finished(run, tmp_path) == {"steps": 1}
-    stored["config"]["clip_low"] = 0.3
-    (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
-    assert training_runs.finished(run, tmp_path) is None
+    summary = tmp_path / training_runs.name_of(run) / "summary.json"
+    summary.parent.mkdir()
+    for clip_low, expected in ((0.2, {"steps": 1}), (0.3, None)):
+        stored["config"]["clip_low"] = clip_low
+        summary.write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
+        assert training_runs.finished(run, tmp_path) == expected
 
 
 @pytest.mark.slow
