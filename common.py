@@ -40,7 +40,7 @@ class Rollout:
     finished: Tensor  # [B] True: ended by EOS; False: cut off at T
     group: Tensor  # [B] index of the row's prompt
     rewards: Tensor  # [B] zeros until the caller fills them in
-    texts: list[dict]  # B times {"question", "answer", "completion", ...}; empty until the caller fills it in
+    records: list[dict]  # B times {"question", "answer", "completion", ...}; empty until the caller fills it in
 
     def __len__(self) -> int:
         return len(self.group)
@@ -54,10 +54,10 @@ class Rollout:
         if rows.dtype == torch.bool:
             rows = rows.nonzero().squeeze(1)
         tensors = {name: getattr(self, name)[rows] for name in TENSOR_FIELDS}
-        return Rollout(**tensors, texts=[self.texts[i] for i in rows.tolist()] if self.texts else [])
+        return Rollout(**tensors, records=[self.records[i] for i in rows.tolist()] if self.records else [])
 
 
-TENSOR_FIELDS = [field.name for field in fields(Rollout) if field.name != "texts"]
+TENSOR_FIELDS = [field.name for field in fields(Rollout) if field.name != "records"]
 
 
 def concatenate(rollouts: list[Rollout]) -> Rollout:
@@ -69,7 +69,7 @@ def concatenate(rollouts: list[Rollout]) -> Rollout:
         first_group = int(parts[-1].group.max()) + 1 if parts else 0
         parts.append(replace(rollout, prompt_ids=prompt_ids, group=rollout.group + first_group))
     tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSOR_FIELDS}
-    return Rollout(**tensors, texts=[text for part in parts for text in part.texts])
+    return Rollout(**tensors, records=[record for part in parts for record in part.records])
 
 
 # --- sampling: the next token -----------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def empty_rollout(prompts: list[list[int]], group_size: int, max_new_tokens: int
         finished=torch.zeros(B, dtype=torch.bool, device=device),
         group=group,
         rewards=torch.zeros(B, device=device),
-        texts=[],
+        records=[],
     )
 
 

@@ -179,7 +179,7 @@ def prompt_content(rollout: Rollout, g: int, tokenizer) -> dict:
             "logprob": [round(x, 4) for x in rollout.logprobs[i, :n].tolist()],
             "entropy": [round(x, 4) for x in rollout.entropy[i, :n].tolist()],
         })  # fmt: skip
-    row = rollout.texts[rows_of(rollout, g)[0]]
+    row = rollout.records[rows_of(rollout, g)[0]]
     return {
         "question": row["question"],
         "answer": verifier.gold_answer(row["answer"]) if row.get("answer") else None,

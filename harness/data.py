@@ -398,7 +398,8 @@ def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]
                  "change its tokenizer or its chat template in a local copy")  # fmt: skip
         if max(ids) >= n_embeddings:
             fail(f"--model: its tokenizer gives the token {max(ids)}, but the model has {n_embeddings}")
-        encoded.append({**problem, "prompt_ids": ids})
+        is_thinking = text.rfind("<think>") > text.rfind("</think>")  # then what follows is no answer until it ends
+        encoded.append({**problem, "prompt_ids": ids, "thinking": "<think>" if is_thinking else ""})
         if tokenizer.unk_token_id not in ids or unknown_share(tokenizer, text) <= MAX_UNKNOWN:
             known.append(encoded[-1])
     if len(known) < len(encoded):

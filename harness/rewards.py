@@ -26,13 +26,14 @@ class RewardError(Exception):
 
 @functools.cache
 def load(reward: str | None) -> Callable[[dict], tuple[float, str]]:
-    """The function that grades a completion, {"completion", "answer", "row"} -> (reward, verdict), for this --reward.
+    """The function that grades a completion, for this --reward: a record with "completion", "answer", "row" and, if the
+    prompt has opened one, the tag "thinking" -> (reward, verdict).
 
     None gives the math verifier, with its verdicts. A function of the user's has the verdict "scored". Fails if there
     is no such function.
     """
     if reward is None:
-        return lambda text: verifier.grade(text["completion"], text["answer"])
+        return lambda text: verifier.grade(text.get("thinking", "") + text["completion"], text["answer"])
     function = load_function(reward)
     return lambda text: (call(reward, function, text["completion"], text["row"]), "scored")
 

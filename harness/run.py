@@ -150,7 +150,7 @@ class Run(Trainer):
         self.bad_steps = self.bad_steps + 1 if update_metrics["skipped_updates"] else 0
         rewards = torch.stack([rollout.rewards[rollout.group == group] for group in rollout.group.unique()])  # [Q, G]
         n_tokens = rollout.mask.sum()
-        verdicts = [text["verdict"] for text in rollout.texts]
+        verdicts = [text["verdict"] for text in rollout.records]
         metrics = {
             "step": self.step,
             "reward": float(rewards.mean()),
@@ -174,7 +174,7 @@ class Run(Trainer):
             timing["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         stride = max(1, len(rollout) // N_LOGGED_COMPLETIONS)  # spread over the prompts
         self.append("timing.jsonl", timing)
-        self.append("completions.jsonl", *self.records(rollout, stride)[:N_LOGGED_COMPLETIONS])
+        self.append("completions.jsonl", *self.completion_rows(rollout, stride)[:N_LOGGED_COMPLETIONS])
         self.append("metrics.jsonl", metrics)
         self.track(metrics)
         shown = {"reward": "reward", "entropy": "entropy", "length": "completions/mean_length"}
@@ -205,8 +205,8 @@ class Run(Trainer):
         table.writeheader()
         table.writerows(self.evaluations)
         files.write_text(self.folder / "eval.csv", text.getvalue())
-        greedy_records = [{**record, "greedy": True} for record in self.records(greedy)]
-        self.append("eval_completions.jsonl", *greedy_records, *self.records(sampled))
+        greedy_records = [{**record, "greedy": True} for record in self.completion_rows(greedy)]
+        self.append("eval_completions.jsonl", *greedy_records, *self.completion_rows(sampled))
         if self.cfg.eval_every and reporting.best_of(self.evaluations) is result:
             files.write_folder(self.folder / "best", self.write_model)
 
@@ -217,13 +217,13 @@ class Run(Trainer):
         if self.is_main:
             reporting.plot(self.folder)
 
-    def records(self, rollout: Rollout, stride: int = 1) -> list[dict]:
+    def completion_rows(self, rollout: Rollout, stride: int = 1) -> list[dict]:
         """What completions.jsonl says about every stride-th completion."""
         rewards = rollout.rewards.tolist()
         finished = rollout.finished.tolist()
         records = []
         for i in range(0, len(rollout), stride):
-            text = {name: value for name, value in rollout.texts[i].items() if name != "row"}
+            text = {name: value for name, value in rollout.records[i].items() if name not in ("row", "thinking")}
             records.append({"step": self.step, **text, "reward": rewards[i], "truncated": not finished[i]})
         return records
 

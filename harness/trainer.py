@@ -238,15 +238,15 @@ class Trainer:
         ids = [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
         completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         for group, completion in zip(rollout.group.tolist(), completions, strict=True):
-            text = {name: problems[group][name] for name in ("question", "answer", "row")}
-            rollout.texts.append({**text, "completion": completion})
+            record = {name: problems[group].get(name, "") for name in ("question", "answer", "row", "thinking")}
+            rollout.records.append({**record, "completion": completion})
         return rollout
 
     def verify(self, rollout: Rollout) -> Rollout:
-        """Fills in the rewards, and adds the verdicts to the texts. The verifier's reward is 1 for a right answer and 0
-        otherwise. RewardError, in every process, if a --reward function fails in one."""
+        """Fills in the rewards, and adds the verdicts to the records. The verifier's reward is 1 for a right answer and
+        0 otherwise. RewardError, in every process, if a --reward function fails in one."""
         start = time.perf_counter()
-        my_texts = rollout.texts[distributed.my_slice(len(rollout))]
+        my_texts = rollout.records[distributed.my_slice(len(rollout))]
         my_grades: list[tuple[float, str]] | rewards.RewardError
         try:
             my_grades = [self.grade(text) for text in my_texts]
@@ -258,7 +258,7 @@ class Trainer:
                 raise part
             grades += part
         rollout.rewards = torch.tensor([reward for reward, _ in grades], device=self.device)
-        for text, (_, verdict) in zip(rollout.texts, grades, strict=True):
+        for text, (_, verdict) in zip(rollout.records, grades, strict=True):
             text["verdict"] = verdict
         self.add_seconds("verify", start)
         return rollout

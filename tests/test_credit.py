@@ -31,7 +31,7 @@ def rollout(lengths=(5, 3, 6, 4, 2, 6), right=(1, 0, 1, 0, 0, 0), group_size=2, 
         finished=lengths < width,
         group=torch.arange(B) // group_size,
         rewards=torch.tensor(right, dtype=torch.float32),
-        texts=[{"question": NASTY[0], "answer": "#### 7", "completion": ""}] * B,
+        records=[{"question": NASTY[0], "answer": "#### 7", "completion": ""}] * B,
     )
 
 

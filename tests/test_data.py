@@ -140,7 +140,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, capsys, refu
     ("a.jsonl", b'{"question": "1?", "answer": 3}\n{"question": "2?", "answer": 1, "answer": 2}\n',
      "line 2: the key 'answer' comes twice"),
     *(("a.jsonl", b'{"question": "1?", "answer": 3}\n' + row, told) for row, told in [
-        (b'{"question": "1+1?"}', "row 2"), (b'{"answer": "2"}', "row 2"), (b"[1]", "line 2"), (b"not json", "line 2")
+        (b'{"question": "1+1?"}', "row 2"), (b'{"answer": "2"}', "row 2"), (b"[1]", "row 2"), (b"not json", "line 2")
     ]),
     ("nope.jsonl", None, "there is no file"),
 ])  # fmt: skip

@@ -70,7 +70,7 @@ def fixed_rollouts(model, tokenizer):
         rollout.rewards = torch.tensor(rewards).flatten().float()
         rollout.entropy = torch.rand(rollout.mask.shape, generator=rng) * rollout.mask
         rollout.entropy[3, 0] = 0.0  # so that a floor is needed
-        rollout.texts = [{"question": "", "answer": "", "completion": "", "verdict": "wrong"}] * len(rollout)
+        rollout.records = [{"question": "", "answer": "", "completion": "", "verdict": "wrong"}] * len(rollout)
         rollouts.append(rollout)
     return rollouts
 

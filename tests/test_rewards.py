@@ -171,3 +171,10 @@ def test_a_warning_is_given_once_also_after_resuming(small, tmp_path, monkeypatc
     assert errors.count("were cut off") == 1
     given = [[key for key in step if key == "warning/cut_off"] for step in lines(tmp_path / "w" / "metrics.jsonl")]
     assert given == [["warning/cut_off"], [], [], []]
+
+
+def test_a_box_inside_thinking_that_the_prompt_has_opened_earns_nothing():
+    grade = rewards.load(None)
+    record = {"completion": "perhaps \\boxed{5}", "answer": "5", "row": {}}
+    assert grade(record)[0] == 1 and grade({**record, "thinking": "<think>"})[0] == 0
+    assert grade({**record, "completion": "perhaps 4</think> \\boxed{5}", "thinking": "<think>"})[0] == 1

@@ -314,7 +314,7 @@ def test_each_pass_through_the_problems_has_an_order_of_its_own_and_draws_each_o
     asked = []
     for _ in range(10):
         rollout = t.sample()
-        asked += [text["question"] for text in rollout.texts[::2]]
+        asked += [text["question"] for text in rollout.records[::2]]
     passes = [asked[i : i + 5] for i in range(0, 20, 5)]
     assert all(sorted(one) == sorted(problem["question"] for problem in problems) for one in passes)
     assert len({tuple(one) for one in passes}) > 1
@@ -325,7 +325,7 @@ def test_rewards_and_texts_belong_to_their_rows(loaded):
     t = trainer_of(model, tokenizer, encoded(tokenizer, 6), n_prompts=6, group_size=4, rollout_rows=8)
     rollout = t.verify(t.sample())
     assert rollout.group.tolist() == [i // 4 for i in range(24)] and 0 < rollout.rewards.sum() < 24
-    for i, text in enumerate(rollout.texts):
+    for i, text in enumerate(rollout.records):
         n = int(rollout.mask[i].sum())
         assert tokenizer.decode(rollout.completion_ids[i, :n], skip_special_tokens=True) == text["completion"]
         prompt = tokenizer.decode(rollout.prompt_ids[i, : rollout.prompt_lengths[i]])
