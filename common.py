@@ -256,18 +256,18 @@ def token_logprobs(
     """Log-prob of every completion token and, if wanted, the entropy of its distribution (else None): two [B, T] with
     gradients, 0 where mask is 0. Training needs no entropy here, because the sampler has given it: rollout.entropy.
 
-    prompt_ids [B, P] and completion_ids [B, T], right-padded; prompt_lengths [B], tokens; mask [B, T]. group [B], if
-    given: rows with the same number have the same prompt, and the decoder runs once on each prompt where the model
-    allows it (PrefixGrouper, arXiv 2506.05433). The head runs on completion tokens alone.
+    prompt_ids [B, P] and completion_ids [B, T], right-padded; prompt_lengths [B], tokens; mask [B, T], without holes.
+    group [B], if given: rows with the same number have the same prompt, and the decoder runs once on each prompt where
+    the model allows it (PrefixGrouper, arXiv 2506.05433). The head runs on completion tokens alone.
     """
     completion_ids = torch.where(mask > 0, completion_ids, 0)  # the padding may hold any number
+    row, t = mask.nonzero(as_tuple=True)  # [N] the real completion tokens; first, because a GPU waits for their number
     rows = (model, prompt_ids, prompt_lengths, completion_ids, mask)
     numbers, prompt = (group if group is not None else torch.arange(len(mask))).unique(return_inverse=True)
     if len(numbers) < len(mask) and decoder.shares_prompts(model):
         hidden = hidden_on_shared_prompts(*rows, prompt, len(numbers))  # [B, T', D]
     else:
         hidden = hidden_of_whole_rows(*rows)  # [B, T', D]
-    row, t = mask.nonzero(as_tuple=True)  # [N] the real completion tokens
     targets = completion_ids[row, t]
     logprobs, entropy = decoder.head_logprobs(model, hidden[row, t], targets, temperature, with_entropy)  # [N]
     zeros = torch.zeros(mask.shape, device=mask.device)

@@ -53,7 +53,7 @@ from harness.run import Run
 @dataclass
 class Config(RunConfig):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = option("grpo", "baseline and scale of the advantage")
-    alpha: float = option(0.5, "factor of the entropy, beside the advantage", at_least=0)
+    alpha: float = option(0.5, "factor of the entropy, which is added to the advantage", at_least=0)
     weight_temperature: float = option(2.0, "P, temperature of the softmax; large: all weights equal", above=0)
     step_wise: bool = option(True, "one softmax per position; otherwise one weight per completion")
     mean_one: bool = option(True, "the mean of the weights is one; otherwise their sum is one, as in the paper")

@@ -88,8 +88,7 @@ def bench_model(folder: str, dataset: str, runs: int) -> list[dict]:
     rows = [json.loads(line) for line in Path(dataset).read_text().splitlines()[:8]]
     problems = [{"question": row["question"], "answer": verifier.gold_answer(row["answer"])} for row in rows]
     chats = [[{"role": "user", "content": p["question"]}] for p in problems]
-    texts = [data.prompt_text(tokenizer, chat, system="", template="{question}") for chat in chats]
-    prompts = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    prompts = [data.prompt_ids(tokenizer, data.prompt_text(tokenizer, chat, "", "")) for chat in chats]
     print(f"  prompts of {statistics.mean(map(len, prompts)):.0f} tokens, at most {max(map(len, prompts))}")
     results = []
     for stops in (True, False):

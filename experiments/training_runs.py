@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import common
-from harness import files
+from harness import files, tiny
 from harness.model import load_model, stop_ids
 from tasks import arithmetic, countdown
 
@@ -38,7 +38,7 @@ TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on 
 TRAIN_ROWS = 4096  # chains of a setting with terms of its own
 LARGE = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3, head_dim=32,
              intermediate_size=576)  # fmt: skip
-# recipe: what the warm start of the base changes in RECIPE of arithmetic.py or countdown.py. terms: of the chains to train
+# recipe: what the warm start changes in RECIPE of arithmetic.py or countdown.py. terms: of the chains to train on
 # and to evaluate on. options: of the scripts.
 SETTINGS: dict[str, dict[str, Any]] = {
     "countdown": dict(recipe={}, options=dict(max_new_tokens=24, lr=6e-4, eval_k=64)),
@@ -91,7 +91,7 @@ def identity(run: PlannedRun) -> dict:
     setting = SETTINGS[run.setting]
     task = countdown if run.setting.startswith("countdown") else arithmetic
     recipe = {**task.RECIPE, **setting["recipe"]}
-    model = {**arithmetic.MODEL, **setting.get("shape", {})}
+    model = {**tiny.MODEL, **setting.get("shape", {})}
     found = {"method": run.method, "recipe": recipe, "model": model, "terms": setting.get("terms"),
              "rows": TRAIN_ROWS, "config": config_of(run)}  # fmt: skip
     return json.loads(json.dumps(found))

@@ -94,12 +94,12 @@ def evaluation_problems(cfg: RunConfig) -> list[dict] | None:
 
 def without_overlap(cfg: RunConfig, train: list[dict], eval_problems: list[dict]) -> list[dict]:
     """The training problems whose question is not evaluated on. White space does not make a question different."""
-    evaluated = {" ".join(problem["question"].split()) for problem in eval_problems}
-    kept = [problem for problem in train if " ".join(problem["question"].split()) not in evaluated]
+    evaluated = {squeezed(problem["question"]) for problem in eval_problems}
+    kept = [problem for problem in train if squeezed(problem["question"]) not in evaluated]
     if len(kept) < len(train):
         print(f"--dataset: {len(train) - len(kept)} rows dropped, because their questions are also evaluated on")
     if not kept:
-        fail(f"--dataset {cfg.dataset}: no rows are left to train on beside --eval-rows {cfg.eval_rows}; give fewer")
+        fail(f"--dataset {cfg.dataset}: no rows are left to train on with --eval-rows {cfg.eval_rows}; give fewer")
     return kept
 
 
@@ -117,6 +117,7 @@ def open_dataset(flag: str, name: str, split: str) -> list[Row] | None:
     """One split of a hub data set (NAME or NAME:CONFIGURATION), of a JSON, JSON Lines or Parquet file, or of a saved
     folder; None if it has no such split."""
     import datasets
+    from pyarrow import parquet
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below, in one line
@@ -125,7 +126,9 @@ def open_dataset(flag: str, name: str, split: str) -> list[Row] | None:
         if path.is_file():
             if not name.lower().endswith(FORMATS):
                 fail(f"{flag}: a file must end in {', '.join(FORMATS)}")
-            return read_parquet(path) if name.lower().endswith(".parquet") else read_json(path)
+            if not name.lower().endswith(".parquet"):
+                return read_json(path)
+            return with_written_numbers(datasets.Dataset(parquet.ParquetFile(path).read()))
         if name.lower().endswith(FORMATS) and not path.exists():
             fail(f"{flag}: there is no file {name}")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -183,13 +186,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     if twice:
         raise ValueError(f"the key {twice[0]!r} comes twice")
     return dict(pairs)
-
-
-def read_parquet(path: Path) -> list[Row]:
-    import datasets
-    from pyarrow import parquet
-
-    return with_written_numbers(datasets.Dataset(parquet.ParquetFile(path).read()))
 
 
 def with_written_numbers(dataset) -> list[Row]:
@@ -357,6 +353,11 @@ def prompt_text(tokenizer, messages: list[dict], system: str, template: str) -> 
          "give a local copy without the template, which then uses --prompt-template")  # fmt: skip
 
 
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """The token ids of a prompt. A chat template has written the special tokens already."""
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+
+
 def squeezed(text: str) -> str:
     return " ".join(text.split())
 
@@ -389,7 +390,7 @@ def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]
     for problem in problems:
         messages = problem.get("messages") or [{"role": "user", "content": problem["question"]}]
         text = prompt_text(tokenizer, messages, system, cfg.prompt_template)
-        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        ids = prompt_ids(tokenizer, text)
         if not ids or ids[-1] in stops:
             what = "ends in a token that ends a completion" if ids else "is empty"
             fail(f"--model: a prompt {what}: {tokenizer.decode(ids)!r:.300}; "

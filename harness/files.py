@@ -37,8 +37,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls write(temporary folder), then renames that folder to `path` and so replaces what was there. At any moment
-    `path` is the old folder, the new one, or for an instant none, but never half of one."""
+    """Calls write(temporary folder), then renames that folder to `path` and so replaces what was there. `path`
+    is never half-written. For a moment it can be missing."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     old = temporary.with_name(temporary.name + "-old")
     try:

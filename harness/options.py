@@ -19,7 +19,7 @@ C = TypeVar("C")
 
 def fail(message: str, details: str = "") -> NoReturn:
     """Ends the program with one line on stderr and exit status 2: for mistakes that the user can correct. details, such
-    as the traceback of the user's own code, stand below the line."""
+    as the traceback of the user's own code, follow the line."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a torchrun come here; one line is enough
         print(f"error: {' '.join(message.split())}\n{details}".rstrip(), file=sys.stderr)
     raise SystemExit(2)

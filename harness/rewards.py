@@ -49,7 +49,7 @@ def load_function(reward: str) -> Callable[[str, dict], float]:
     assert spec is not None and spec.loader is not None  # because the name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules["user_reward"] = module  # as import does it: dataclasses, for example, look there
-    sys.path.append(str(path.resolve().parent))  # the file may import others that stand beside it
+    sys.path.append(str(path.resolve().parent))  # the file may import others of its folder
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -246,10 +246,10 @@ class Run(Trainer):
         self.saved_step = self.step
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "updates": self.scheduler.last_epoch,
-            "uniforms": self.sampling_rng.get_state(),
-            "position": self.n_prompts_drawn,
-            "tokens": self.n_tokens_sampled,
+            "optimizer_steps": self.scheduler.last_epoch,
+            "sampling_rng": self.sampling_rng.get_state(),
+            "n_prompts_drawn": self.n_prompts_drawn,
+            "n_tokens_sampled": self.n_tokens_sampled,
             "bad_steps": self.bad_steps,
             "step": self.step,
         }
@@ -283,10 +283,10 @@ class Run(Trainer):
         except Exception as error:  # of any class: the file may be missing or damaged
             fail(f"--resume {self.folder}: {checkpoint.name}/state.pt cannot be read: {first_line(error)}")
         self.optimizer.load_state_dict(state["optimizer"])
-        self.start_schedule(state["updates"])
-        self.sampling_rng.set_state(state["uniforms"])
-        self.n_prompts_drawn = state["position"]
-        self.n_tokens_sampled = state["tokens"]
+        self.start_schedule(state["optimizer_steps"])
+        self.sampling_rng.set_state(state["sampling_rng"])
+        self.n_prompts_drawn = state["n_prompts_drawn"]
+        self.n_tokens_sampled = state["n_tokens_sampled"]
         self.bad_steps = state["bad_steps"]
         self.step = state["step"]
         self.saved_step = self.step

@@ -1,12 +1,5 @@
 """One step of RL training: sample, verify, minibatches, optimizer_step. The loop in every script calls these.
 
-    rollout = trainer.verify(trainer.sample())                                prompts -> completions -> rewards
-    ...                                                                       the method: rewards -> advantages A
-    for minibatch in trainer.minibatches(rollout, reduction, skip_zero=A):    one optimizer step on each
-        for batch in minibatch:                                               taking a micro-batch runs the model on it
-            ...                                                               the method's loss, and its backward()
-        trainer.optimizer_step()
-
 The update is cut into pieces in this order:
 
     rollout -> minibatches (--minibatches; each is one optimizer step)
@@ -66,7 +59,7 @@ def unique_completions(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
     completion among them [n].
 
     Equal completions of one prompt have equal log-probs, so scoring one of them is enough. They are common where the
-    policy is sure. To do without this, return rows and torch.arange(len(rows)).
+    policy is sure.
 
     Example: rows 7, 8 and 9 of one prompt read "5", "4" and "5" -> representatives [8, 7], indices [1, 0, 1].
     """
@@ -100,7 +93,9 @@ def in_order_of_length(completions: list[Completion]) -> list[Completion]:
 
 def share_of_process(completions: list[Completion], process: int, n_processes: int) -> list[Completion]:
     """A stretch of the list for each process, with about the same number of tokens. So most prompts stay in one."""
-    ends = list(itertools.accumulate(c.prompt_tokens + c.tokens for c in completions))
+    previous = [-1, *(c.prompt for c in completions)]  # the prompt of the completion before
+    costs = [c.tokens + c.prompt_tokens * (c.prompt != p) for c, p in zip(completions, previous, strict=False)]
+    ends = list(itertools.accumulate(costs))
     return [c for c, end in zip(completions, ends, strict=True) if (end * n_processes - 1) // ends[-1] == process]
 
 
@@ -111,11 +106,7 @@ def cost(completions: list[Completion]) -> int:
 
 
 def cut(completions: list[Completion], token_budget: int) -> list[list[Completion]]:
-    """Stretches of the list that cost at most token_budget tokens each, or hold a single completion.
-
-    Example: with a budget of 15, completions of 3, 2 and 2 tokens, the first two of one prompt, each prompt of 9
-    tokens -> the first two (9 + 2 x 3 = 15 tokens), then the third.
-    """
+    """Stretches of the list that cost at most token_budget tokens each, or hold a single completion."""
     parts: list[list[Completion]] = []
     for c in completions:
         if parts and cost([*parts[-1], c]) <= token_budget:
@@ -240,17 +231,14 @@ class Trainer:
             stop = min(start + prompts_at_a_time, my_problems.stop)
             prompts = [problem["prompt_ids"] for problem in problems[start:stop]]
             part_uniforms = None if uniforms is None else uniforms[start * group_size : stop * group_size]
-            part = sampler(
-                self.model, prompts, group_size, cfg.max_new_tokens, self.eos_ids, part_uniforms, cfg.temperature
-            )
-            parts.append(part)
+            limits = (group_size, cfg.max_new_tokens, self.eos_ids)
+            parts.append(sampler(self.model, prompts, *limits, part_uniforms, cfg.temperature))
         rollout = distributed.gather_rollout(concatenate(parts) if parts else None, self.device)
         lengths = rollout.completion_lengths().long().tolist()
         ids = [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
         completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         for group, completion in zip(rollout.group.tolist(), completions, strict=True):
-            problem = problems[group]
-            text = {name: problem[name] for name in ("question", "answer", "row")}
+            text = {name: problems[group][name] for name in ("question", "answer", "row")}
             rollout.texts.append({**text, "completion": completion})
         return rollout
 
@@ -291,7 +279,6 @@ class Trainer:
         return logprobs
 
     def plan(self, rollout: Rollout, rows: Tensor) -> list[Plan]:
-        """This process's micro-batches of these rows."""
         return plan_microbatches(rollout, rows, self.cfg.token_budget, decoder.shares_prompts(self.model))
 
     @torch.no_grad()

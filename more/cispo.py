@@ -12,7 +12,7 @@ instead, so every token keeps one. sg: no gradient flows through it.
     w_it = pi(o_it) / pi_old(o_it)                    ratio of a token: the policy now over the policy that sampled
     J    = 1/sum_i |o_i| sum_i sum_t sg(min(w_it, 1 + eps_high)) A_i log pi(o_it)                          (Eq. 4, 5)
 
-It uses no entropy. It stands here as the contrast to the clips of the other methods. With one update per rollout w is
+It uses no entropy. It is here as the contrast to the clips of the other methods. With one update per rollout w is
 1, and the gradient is that of GRPO with the mean over tokens.
 
 Deviations from the paper, and where other implementations differ:

@@ -20,8 +20,8 @@ A log-prob is at most 0, so it can be far below the mean but not far above it. A
 an unlikely token of a wrong completion: pushed down, it would become even less likely.
 
 Deviations from the paper, and where other implementations differ:
- 1. The tokens are chosen once per step, among all of its tokens, before the first update. So log pi_old stands where
-    the paper has log pi; these are equal then. verl and the paper's code choose anew in each micro-batch, with the
+ 1. The tokens are chosen once per step, among all of its tokens, before the first update. So this is log pi_old
+    and the paper has log pi; these are equal then. verl and the paper's code choose anew in each micro-batch, with the
     policy as it is then. Their Clip-Cov passes over tokens that the ratio clip has stopped; here there are none yet.
  2. The gradient of |log w| is the sign of log w. It is 0 until the policy moves, so with one update per rollout KL-Cov
     does nothing at all. Hence 4 updates (--minibatches). |log w| is the paper's code for KL(pi_old || pi).

@@ -31,8 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness import files
-from tasks import arithmetic
+from harness import files, tiny
 
 N_NUMBERS = 3
 MAX_NUMBER = 30
@@ -193,20 +192,18 @@ def demonstrations(rng: random.Random, n: int, solved: float) -> tuple[list[str]
 
 def base(path: Path, recipe: dict | None = None, shape: dict | None = None) -> Path:
     """Returns `path`, the folder of the base model; builds it first if that is needed. recipe: what is different from
-    RECIPE; shape: what is different from arithmetic.MODEL."""
+    RECIPE; shape: what is different from tiny.MODEL."""
     recipe = {**RECIPE, **(recipe or {})}
     training = {name: value for name, value in recipe.items() if name != "solved"}
 
     def train():
-        tokenizer = arithmetic.new_tokenizer("0123456789+-*=? \n", marker=None)
-        model = arithmetic.new_model(tokenizer, recipe["seed"], shape)
-        arithmetic.warm_start(model, tokenizer, lambda rng, k: demonstrations(rng, k, recipe["solved"]), **training)
+        tokenizer = tiny.new_tokenizer("0123456789+-*=? \n", marker=None)
+        model = tiny.new_model(tokenizer, recipe["seed"], shape)
+        tiny.warm_start(model, tokenizer, lambda rng, k: demonstrations(rng, k, recipe["solved"]), **training)
         return model, tokenizer
 
     task = {"n_numbers": N_NUMBERS, "max_number": MAX_NUMBER, "max_total": MAX_TOTAL}
-    return arithmetic.build(
-        path, {"recipe": recipe, "model": {**arithmetic.MODEL, **(shape or {})}, "task": task}, train
-    )
+    return tiny.build(path, {"recipe": recipe, "model": {**tiny.MODEL, **(shape or {})}, "task": task}, train)
 
 
 def prepare(out: Path, recipe: dict | None = None, shape: dict | None = None) -> list[str]:

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import verifier
+from harness import tiny
 from tasks import arithmetic
 
 
@@ -22,7 +23,7 @@ def test_every_demonstration_is_correct(guess, merge):
         q = arithmetic.draw_question(rng, 4, 6, None)
         text = arithmetic.solve(rng, q, guess, merge)
         *steps, last = text.split("\n")
-        assert last == f"{arithmetic.MARKER}{value(q)}"
+        assert last == f"{tiny.MARKER}{value(q)}"
         for step in steps:
             left, right = step.split("=")
             assert value(left) == int(right) and 0 <= int(right) <= arithmetic.MAX_TOTAL
@@ -51,17 +52,17 @@ def test_problems_are_seeded():
 
 
 def test_tokenizer_is_lossless_and_the_marker_is_one_token():
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     text = arithmetic.problems(1, 0, False)[0]["answer"]
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text and tokenizer.unk_token_id not in ids
-    assert len(ids) == len(text) - len(arithmetic.MARKER) + 1
+    assert len(ids) == len(text) - len(tiny.MARKER) + 1
 
 
 def build(path, monkeypatch):
     """Calls arithmetic.base with a warm start that only counts. Returns how often it was built."""
     calls = []
-    monkeypatch.setattr(arithmetic, "warm_start", lambda *a, **k: calls.append(1))
+    monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: calls.append(1))
     arithmetic.base(path)
     return len(calls)
 
@@ -84,14 +85,14 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(arithmetic, "warm_start", interrupt)
+    monkeypatch.setattr(tiny, "warm_start", interrupt)
     with pytest.raises(KeyboardInterrupt):
         arithmetic.base(tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_base_has_the_stated_size():
-    assert 100_000 < sum(p.numel() for p in arithmetic.new_model(arithmetic.new_tokenizer(), 0).parameters()) < 250_000
+    assert 100_000 < sum(p.numel() for p in tiny.new_model(tiny.new_tokenizer(), 0).parameters()) < 250_000
 
 
 def test_more_problems_than_there_are_is_an_error():

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-import transformers
 from helpers import T, assert_same_samples, naive_score, rollout_of, score, score_inputs
+from test_sampling import FAMILIES, PROMPTS, family_model
 
 import common
 import harness.model
@@ -14,22 +14,12 @@ from harness import cuda_graphs, decoder
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("room", [1, 3, 64])
 @pytest.mark.parametrize("compact_below", [0.0, 0.5, 1.0])
-def test_neither_dropping_ended_rows_nor_the_room_of_the_cache_changes_a_sample(
-    compact_below, room, loaded, monkeypatch
-):
+def test_dropping_ended_rows_changes_no_sample(compact_below, loaded, monkeypatch):
     r = rollout_of(*loaded)
     assert 0 < r.finished.sum() < len(r)  # some rows end early and some do not
-    torch.testing.assert_close(score(loaded[0], r)[0], r.logprobs, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(common, "COMPACT_BELOW", compact_below)
-    monkeypatch.setattr(decoder, "ROOM", room)
     assert_same_samples(rollout_of(*loaded), r)
-
-
-def test_children_are_the_pairs_of_node_and_token():
-    children = common.choose_children(torch.tensor([0, 0, 0, 1]), torch.tensor([5, 7, 5, 5]))
-    assert [x.tolist() for x in children] == [[0, 0, 1], [5, 7, 5], [0, 1, 0, 2]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -235,42 +225,18 @@ def test_a_prompt_runs_once_for_its_group(loaded):
     assert runs_of_the_decoder(model, first_tokens, r.group) == [(2, 10)]
 
 
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             head_dim=8, max_position_embeddings=64, pad_token_id=0)  # fmt: skip
-SHARING = {
-    "Mistral": dict(sliding_window=3),  # shorter than the prompts
-    "Gemma2": dict(sliding_window=5, query_pre_attn_scalar=8, final_logit_softcapping=3.0),
-    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
-}
-NOT_SHARING = {
-    "Lfm2": dict(layer_types=["conv", "full_attention"]),
-    "Qwen3Next": dict(
-        layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
-        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", [*SHARING, *NOT_SHARING])
-def test_other_families_share_prompts_where_they_keep_keys_and_values_alone(family, loaded):
-    if not hasattr(transformers, f"{family}Config"):
-        pytest.skip("this version of transformers does not have it")
-    tokenizer = loaded[1]
-    sizes = {} if family == "GPT2" else SMALL
-    options = sizes | (SHARING | NOT_SHARING)[family] | {"vocab_size": len(tokenizer)}
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**options)).eval()
-    for p in model.parameters():  # far from a uniform distribution
-        p.data = p.data * 3 if p.dim() == 2 else p.data + 0.1 * torch.randn_like(p)
-    prompts = tokenizer(["1+2?", "12+3-14+5?", "9-8?"])["input_ids"]
-    r = common.empty_rollout(prompts, 4, T, model.device)
-    r.completion_ids = torch.randint(len(tokenizer), r.completion_ids.shape)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_share_prompts_where_they_keep_keys_and_values_alone(family):
+    """Sliding windows may be shorter than the prompts. Linear attention overwrites its state."""
+    model = family_model(family).eval()
+    r = common.empty_rollout(PROMPTS, 4, T, model.device)
+    r.completion_ids = torch.randint(24, r.completion_ids.shape)
     r.mask = (torch.arange(T) < torch.randint(1, T + 1, (12, 1))).float()
     inputs = (model, *score_inputs(r), 0.8, True)
     results = [with_gradients(model, *common.token_logprobs(*inputs, group)) for group in (r.group, None)]
     assert_near(*results)
-    assert decoder.shares_prompts(model) == (family in SHARING) == (len(runs_of_the_decoder(model, r, r.group)) == 2)
+    shares = family in ("Qwen3", "Gemma3Text")
+    assert decoder.shares_prompts(model) == shares == (len(runs_of_the_decoder(model, r, r.group)) == 2)
 
 
 def test_with_gradient_checkpointing_no_prompt_is_shared(loaded):

@@ -9,10 +9,9 @@ import torch
 from helpers import data_folder, error_line
 
 import verifier
-from harness import data
+from harness import data, tiny
 from harness.model import load_model
 from harness.options import RunConfig
-from tasks import arithmetic
 
 GSM8K = [
     {
@@ -187,7 +186,7 @@ def test_a_misspelt_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, cap
 
 
 def test_overlong_prompts_are_dropped_and_counted(capsys):
-    tokenizer, model = arithmetic.new_tokenizer(), arithmetic.new_model(arithmetic.new_tokenizer(), 0)
+    tokenizer, model = tiny.new_tokenizer(), tiny.new_model(tiny.new_tokenizer(), 0)
     rows = [{"question": "1+2?", "answer": "3"}, {"question": "1+2+3+4+5+6?", "answer": "21"}]
     assert len(data.encode(config(max_prompt_tokens=6), model, tokenizer, rows)) == 1
     assert "1 of 2 rows dropped" in capsys.readouterr().out
@@ -248,13 +247,13 @@ CHAT = [{"role": "system", "content": "base 7"}, {"role": "user", "content": "2+
     (None, CHAT, "3+system: base 7\n\nuser: 2+2?\n\nassistant: 4\n\nuser: 3+5?="),
 ])  # fmt: skip
 def test_a_prompt_contains_all_turns_and_the_system_text(template, question, expected):
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     tokenizer.chat_template = template
     assert prompt(tokenizer, question) == expected
 
 
 def test_a_prompt_template_reads_backslash_n_as_a_new_line():
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     tokenizer.chat_template = None
     assert prompt(tokenizer, "1+2?", template=r"Q: {question}\nA:") == "Q: 1+2?\nA:"
 
@@ -264,7 +263,7 @@ def test_a_prompt_template_reads_backslash_n_as_a_new_line():
     ("{{ messages[-1].content | replace('1+', '') }}", "leaves out"),
 ])  # fmt: skip
 def test_a_template_that_loses_the_question_is_refused_with_the_prompt(template, told, capsys):
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     tokenizer.chat_template = template or "{{ '' }}"
     with pytest.raises(SystemExit):
         prompt(tokenizer, "1+2?")
@@ -273,12 +272,12 @@ def test_a_template_that_loses_the_question_is_refused_with_the_prompt(template,
 
 
 def encoded(tokenizer, *questions, **options):
-    model = arithmetic.new_model(tokenizer, 0)
+    model = tiny.new_model(tokenizer, 0)
     return data.encode(config(**options), model, tokenizer, [{"question": q, "answer": "3"} for q in questions])
 
 
 def test_the_default_system_turn_is_left_out_where_the_tokenizer_cannot_write_it(capsys):
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     assert tokenizer.decode(encoded(tokenizer, "1+2?")[0]["prompt_ids"]) == "1+2?"
     with pytest.raises(SystemExit):  # one that is given is never left out
         encoded(tokenizer, "1+2?", system="Be brief.")
@@ -286,7 +285,7 @@ def test_the_default_system_turn_is_left_out_where_the_tokenizer_cannot_write_it
 
 
 def test_prompts_of_unknown_words_are_dropped_and_refused_if_there_is_no_other(capsys):
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     assert len(encoded(tokenizer, "1 + 2?", "What is 1+2?")) == 1 and "1 of 2 rows dropped" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         encoded(tokenizer, "What is 1+2?")
@@ -294,7 +293,7 @@ def test_prompts_of_unknown_words_are_dropped_and_refused_if_there_is_no_other(c
 
 
 def test_a_prompt_that_has_already_ended_is_refused(capsys):
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     tokenizer.chat_template = "{{ messages[-1].content }}<eos>"
     with pytest.raises(SystemExit):
         encoded(tokenizer, "1+2?")
@@ -302,7 +301,7 @@ def test_a_prompt_that_has_already_ended_is_refused(capsys):
 
 
 def test_a_prompt_template_needs_a_place_for_the_question(capsys):
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(SystemExit):
         encoded(tokenizer, "1+2?", prompt_template="{q}?")

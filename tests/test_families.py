@@ -9,11 +9,10 @@ from helpers import ROOT, SCRIPTS, call, error_line, lines, needs_peft, rollout_
 
 import common
 import grpo
-from harness import cuda_graphs, lora
+from harness import cuda_graphs, lora, tiny
 from harness.model import check_logprobs, load_model, load_policy, max_positions, stop_ids, turn_off_noise
 from harness.options import RunConfig
 from harness.trainer import Trainer
-from tasks import arithmetic
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, max_position_embeddings=64)  # fmt: skip
@@ -92,7 +91,7 @@ def random_model(family):
     """A random model of the family, for the tiny task's tokenizer, without dropout."""
     import transformers
 
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     ids = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**(PASS | REFUSED)[family], **ids)
@@ -103,7 +102,7 @@ def random_model(family):
 def checkpoint(family, folder):
     """The folder of such a model."""
     model = random_model(family)
-    tokenizer = arithmetic.new_tokenizer()
+    tokenizer = tiny.new_tokenizer()
     for p in model.parameters():  # far from a uniform distribution, so that a forgotten factor shows
         p.data = p.data * 3 if p.dim() == 2 else p.data + 0.1 * torch.randn_like(p)
     model.save_pretrained(folder)
@@ -116,9 +115,7 @@ def checkpoint(family, folder):
 def test_a_family_passes_the_check_at_the_start(family):
     model = random_model(family)
     check_logprobs(model)
-    r = rollout_of(
-        model, arithmetic.new_tokenizer(), Q=3, G=3, questions=["1+2?", "12+3-4+5-6+7?", "9-8?"]
-    )  # a longer look
+    r = rollout_of(model, tiny.new_tokenizer(), Q=3, G=3, questions=["1+2?", "12+3-4+5-6+7?", "9-8?"])  # a longer look
     torch.testing.assert_close(score(model, r)[0], r.logprobs, atol=1e-4, rtol=1e-4)
 
 

@@ -6,15 +6,25 @@ import math
 
 import pytest
 import torch
-from helpers import call, error_line, lines, refused, rollout_of, score, trainer_of
+from helpers import (
+    call,
+    error_line,
+    grpo_update,
+    lines,
+    naive_score,
+    refused,
+    rollout_of,
+    score,
+    score_inputs,
+    trainer_of,
+)  # fmt: skip
 from safetensors.torch import load_file
 
 import common
 import grpo
-from harness import decoder, lora
+from harness import decoder, lora, tiny
 from harness.model import load_model, load_policy
 from harness.options import RunConfig, resolve_defaults
-from tasks import arithmetic
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
@@ -34,15 +44,9 @@ def disturb(model, size=0.05):
 
 
 def train_once(t, rollout):
-    """One GRPO step on made-up rewards."""
-    A = grpo.advantages((torch.arange(len(rollout)) % 3 == 0).float(), rollout.group)
-    for minibatch in t.minibatches(rollout, "sequence", A):
-        for batch in minibatch:
-            ratio = (batch.logprobs - batch.old_logprobs).exp()
-            per_token = grpo.loss(ratio, A[batch.rows], batch.mask)
-            (per_token * batch.loss_weights).sum().backward()
-            t.record(batch, per_token)
-        t.optimizer_step()
+    """One GRPO step on made-up rewards. Returns its metrics."""
+    grpo_update(t, rollout, grpo.advantages((torch.arange(len(rollout)) % 3 == 0).float(), rollout.group))
+    return t.metrics_of_update()
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -78,8 +82,7 @@ def test_a_step_moves_the_adapters_and_leaves_the_base_alone(gradient_checkpoint
     disturb(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     t = trainer_of(model, tokenizer, lora_rank=4, optimizer=optimizer, lr=1e-2)
-    train_once(t, rollout_of(model, tokenizer))
-    assert t.metrics_of_update()["skipped_updates"] == 0
+    assert train_once(t, rollout_of(model, tokenizer))["skipped_updates"] == 0
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != (".lora_" in name), name
 
@@ -89,18 +92,12 @@ def test_the_gradient_of_the_adapters_is_that_of_the_plain_logits(toy):
     disturb(model)
     rollout = rollout_of(model, tokenizer, Q=2, G=2)
     factors = torch.rand(rollout.mask.shape, generator=torch.Generator().manual_seed(1))
-    inputs = (rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids, rollout.mask)
     trained = list(lora.adapters(model).values())
-    logprobs, _ = common.token_logprobs(model, *inputs)
-    gradients = torch.autograd.grad((logprobs * factors).sum(), trained)
-    total = 0.0
-    for i in range(len(rollout)):
-        P = int(rollout.prompt_lengths[i])
-        n = int(rollout.mask[i].sum())
-        ids = torch.cat([rollout.prompt_ids[i, :P], rollout.completion_ids[i, :n]])
-        log_p = model(ids[None]).logits[0, P - 1 : -1].log_softmax(-1)
-        total = total + (log_p.gather(1, ids[P:, None]).squeeze(1) * factors[i, :n]).sum()
-    for gradient, expected in zip(gradients, torch.autograd.grad(total, trained), strict=True):
+    gradients = [
+        torch.autograd.grad((logprobs * factors).sum(), trained)
+        for logprobs, _ in (common.token_logprobs(model, *score_inputs(rollout)), naive_score(model, rollout))
+    ]
+    for gradient, expected in zip(*gradients, strict=True):
         assert expected.abs().max() > 0
         torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
 
@@ -134,8 +131,8 @@ def test_a_bf16_base_trains_float32_adapters(toy, monkeypatch):
     monkeypatch.setattr(decoder, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
     before = {name: weight.clone() for name, weight in lora.adapters(model).items()}
     t = trainer_of(model, tokenizer, lora_rank=4, lr=1e-3)
-    train_once(t, rollout_of(model, tokenizer))
-    assert t.metrics_of_update()["sampling_logp_difference"] < 0.05 and t.metrics_of_update()["skipped_updates"] == 0
+    metrics = train_once(t, rollout_of(model, tokenizer))
+    assert metrics["sampling_logp_difference"] < 0.05 and metrics["skipped_updates"] == 0
     assert all(not torch.equal(weight, before[name]) for name, weight in lora.adapters(model).items())
 
 
@@ -246,7 +243,7 @@ def test_adapters_go_back_to_their_own_base_alone(small, toy, tmp_path, monkeypa
     model, tokenizer = load_model(str(toy), CPU)
     model.save_pretrained(moved)
     tokenizer.save_pretrained(moved)
-    other = arithmetic.new_model(tokenizer, seed=1)
+    other = tiny.new_model(tokenizer, seed=1)
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     capsys.readouterr()

@@ -261,6 +261,14 @@ def test_with_its_defaults_main_takes_the_gradient_of_the_formula(name, compared
     assert first.norm() > 0 and len(others) + 1 == defaults(name)["minibatches"]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_main_takes_its_advantages_from_token_advantages(name, loaded, toy, toy_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS[name], "token_advantages", lambda rewards, entropy, mask, group, **options: 0 * mask)
+    rollouts = fixed_rollouts(*loaded)
+    steps = gradients_of_main(name, {}, rollouts, toy, toy_data, tmp_path, monkeypatch, off_policy=False)
+    assert steps and not any(gradient.any() for gradient in steps)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "option", "value"), CASES)
 def test_every_option_changes_the_gradient_as_the_formula_says(name, option, value, compared):

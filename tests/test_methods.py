@@ -8,25 +8,14 @@ from types import SimpleNamespace
 import plain
 import pytest
 import torch
-from helpers import (
-    METHODS,
-    SCRIPTS,
-    T,
-    batch,
-    error_line,
-    main_on,
-    random_logprobs,
-    rollout_of,
-    score_inputs,
-    token_advantages,
-)
+from helpers import METHODS, SCRIPTS, batch, error_line, random_logprobs, token_advantages
 
 import dapo
 import egsw
 import grpo
 import grpo_s
 import gtpo
-from common import Rollout, loss_weights, token_logprobs
+from common import Rollout, loss_weights
 from harness.options import keywords, parse
 
 
@@ -79,14 +68,13 @@ def test_the_loss_is_the_clipped_objective(name):
 
 
 @pytest.mark.parametrize("name", ["grpo", "egsw"])
-def test_k3_is_the_estimate_of_eq_4(name):
-    _, _, mask, _ = batch()
-    new, ref = random_logprobs(mask)
-    k3 = SCRIPTS[name].k3(new.detach(), ref)
-    for i in range(len(mask)):
-        for t in range(mask.shape[1]):
-            r = math.exp(ref[i, t] - new[i, t].detach())
-            assert float(k3[i, t]) == pytest.approx(r - math.log(r) - 1, abs=1e-5) and k3[i, t] >= 0
+def test_k3_is_the_estimate_of_eq_4_and_its_gradient_one_minus_ref_over_pi(name):
+    new, ref = random_logprobs(torch.ones(3, 4))
+    k3 = SCRIPTS[name].k3(new, ref)
+    k3.sum().backward()
+    r = (ref - new.detach()).exp()
+    torch.testing.assert_close(k3.detach(), r - r.log() - 1, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(new.grad, 1 - r)
 
 
 def test_clipping_takes_the_pessimistic_side():
@@ -96,12 +84,6 @@ def test_clipping_takes_the_pessimistic_side():
     loss.sum().backward()
     assert loss[:, 0].tolist() == pytest.approx([-1.2, 2.0])
     assert new.grad[:, 0].tolist() == pytest.approx([0.0, 2.0])
-
-
-def test_k3_gradient_is_one_minus_ref_over_pi():
-    new = torch.tensor([[-1.0]], requires_grad=True)
-    grpo.k3(new, torch.tensor([[-0.5]])).sum().backward()
-    assert float(new.grad) == pytest.approx(1 - math.exp(0.5))
 
 
 # --- DAPO -------------------------------------------------------------------------------------------------------------
@@ -142,17 +124,17 @@ def test_dapo_samples_until_it_has_enough_groups_and_no_further():
 # --- EGSW -------------------------------------------------------------------------------------------------------------
 
 
-def egsw_loops(*inputs):
-    return torch.tensor(plain.egsw_weights(*inputs))
-
-
 @pytest.mark.parametrize("step_wise", [True, False])
 @pytest.mark.parametrize("mean_one", [True, False])
-def test_egsw_weights_are_the_softmax(step_wise, mean_one):
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
+def test_egsw_weights_are_the_softmax(advantage, step_wise, mean_one):
+    """A [B] advantage and the same one spread over [B, T] weigh alike."""
     rewards, group, mask, entropy = batch()
-    A = egsw.advantages(rewards, group)
-    got = egsw.weights(A, entropy, mask, group, 0.7, 0.6, step_wise, mean_one)
-    torch.testing.assert_close(got, egsw_loops(A, entropy, mask, group, 0.7, 0.6, step_wise, mean_one))
+    A = egsw.advantages(rewards, group, advantage)
+    options = (0.7, 0.6, step_wise, mean_one)
+    expected = torch.tensor(plain.egsw_weights(A, entropy, mask, group, *options))
+    for a in (A, A[:, None].expand_as(mask)):
+        torch.testing.assert_close(egsw.weights(a, entropy, mask, group, *options), expected)
 
 
 @pytest.mark.parametrize("step_wise", [True, False])
@@ -173,17 +155,6 @@ def test_egsw_at_zero_temperature_picks_the_largest_value(temperature):
         for t in range(mask.shape[1]):
             if mask[rows, t].any():
                 assert float(W[rows[value[rows, t].argmax()], t]) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
-@pytest.mark.parametrize("step_wise", [True, False])
-def test_egsw_weighs_any_advantage(kind, step_wise):
-    """A [B] advantage and the same one spread over [B, T] weigh alike, for each of the three advantages."""
-    rewards, group, mask, entropy = batch()
-    A = egsw.advantages(rewards, group, kind)
-    both = [egsw.weights(a, entropy, mask, group, step_wise=step_wise) for a in (A, A[:, None].expand_as(mask))]
-    torch.testing.assert_close(*both)
-    torch.testing.assert_close(both[0], egsw_loops(A, entropy, mask, group, 0.5, 2.0, step_wise, True))
 
 
 def test_to_weigh_the_advantage_is_to_weigh_the_clipped_objective():
@@ -248,13 +219,6 @@ def test_gtpo_without_shaping_is_grpo_on_the_token_level(compare_over):
             torch.testing.assert_close(A[rows], expected[rows], atol=1e-4, rtol=1e-4)
 
 
-def test_gtpo_in_a_group_of_equal_lengths_is_grpo():
-    rewards, group, mask, _ = batch()
-    ones = torch.ones_like(mask)
-    A = gtpo.token_advantages(rewards, 0.4 * ones, ones, group)
-    torch.testing.assert_close(A, grpo.advantages(rewards, group)[:, None].expand_as(A), atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("compare_over", ["batch", "group"])
 def test_gtpo_normalised_inside_each_outcome_loses_right_and_wrong(compare_over):
     """The fact that decides the default of --normalize-over: with "outcome" the mean advantage of right tokens is zero,
@@ -281,50 +245,21 @@ def test_gtpo_rewards_uncertain_right_tokens_and_punishes_confident_wrong_ones()
     assert A[1] > A[0] > 0 > A[3] > A[2]
 
 
-def test_an_entropy_of_zero_gives_finite_shaped_rewards():
-    rewards, group, mask, entropy = batch()
-    entropy[0, 0], entropy[1, 0] = 0.0, 0.0
-    assert all(torch.isfinite(x).all() for x in gtpo_shaped(rewards, entropy, mask, group))
-
-
-def test_gtpo_token_advantages_with_every_option_are_those_of_plain_loops():
-    rewards, group, mask, entropy = batch()
-    punishment = plain.gtpo_punishment(rewards, mask.sum(1).tolist(), group, 0.75)
-    words = ("matrix", "geometric", "batch")
-    shaped = plain.gtpo_shaped(rewards, entropy, mask, group, 0.9, 0.3, *words, 0.2, 0.5, punishment)
-    expected = plain.gtpo_advantages(*shaped, rewards, mask, group, "batch", "outcome")
-    A = gtpo.token_advantages(rewards, entropy, mask, group, **ALL_OPTIONS["gtpo"])
-    torch.testing.assert_close(A, torch.tensor(expected), atol=1e-4, rtol=1e-4)
-    assert min(punishment) < 0
+@pytest.mark.parametrize("gamma", [0.6, 0.75, 1.0])
+def test_gtpo_overlong_punishment_is_that_of_plain_loops(gamma):
+    for seed in range(6):  # fractions of right completions from 1/4 to 1
+        rewards, group, mask, _ = batch(seed, groups=5, width=30, mixed=False)
+        lengths = mask.sum(1)
+        expected = torch.tensor(plain.gtpo_punishment(rewards, lengths.tolist(), group, gamma))
+        torch.testing.assert_close(gtpo.overlong_punishment(rewards, lengths, group, gamma), expected)
 
 
 def test_gtpo_gamma_itself_counts_as_easy():
     """With exactly gamma right, L is that of the right completions, as for more."""
-    rewards = torch.tensor([1.0, 1, 1, 0])
     lengths = torch.tensor([10.0, 10, 40, 100])
     L = max((10 + 40) / 2, 20)
-    punishment = gtpo.overlong_punishment(rewards, lengths, torch.zeros(4), 0.75)
+    punishment = gtpo.overlong_punishment(torch.tensor([1.0, 1, 1, 0]), lengths, torch.zeros(4), 0.75)
     torch.testing.assert_close(punishment, torch.tensor([0, 0, -0.5 * (40 - L) / L, 0]))
-
-
-def test_gtpo_overlong_punishment():
-    lengths = torch.tensor([10.0, 20, 30, 60])
-    one = torch.zeros(4, dtype=torch.long)
-    # easy (4/4 right): L = max((10 + 60) / 2, 30) = 35; 60 is 25/35 beyond it
-    easy = gtpo.overlong_punishment(torch.ones(4), lengths, one, 0.75)
-    torch.testing.assert_close(easy, torch.tensor([0.0, 0, 0, -0.5 * 25 / 35]))
-    # hard (1/4): none
-    assert gtpo.overlong_punishment(torch.tensor([1.0, 0, 0, 0]), lengths, one, 0.75).abs().sum() == 0
-    # between, n = m: the wrong ones, L from all rows; capped at one half from 2 L on
-    rewards, lengths = torch.tensor([1.0, 1, 1, 0, 0, 0]), torch.tensor([10.0, 10, 10, 10, 10, 100])
-    L = max((10 + 100) / 2, 25)
-    got = gtpo.overlong_punishment(rewards, lengths, torch.zeros(6, dtype=torch.long), 0.75)
-    torch.testing.assert_close(got, torch.tensor([0, 0, 0, 0, 0, -0.5 * (100 - L) / L]))
-    # between, n > m: the right ones
-    got = gtpo.overlong_punishment(torch.tensor([1.0, 1, 0]), torch.tensor([30.0, 10, 30]), one[:3], 0.75)
-    torch.testing.assert_close(got, torch.tensor([-0.5 * (30 - 70 / 3) / (70 / 3), 0, 0]))
-    far = gtpo.overlong_punishment(torch.ones(5), torch.tensor([1.0, 1, 1, 1, 100]), torch.zeros(5).long(), 0.75)
-    assert far.tolist() == pytest.approx([0, 0, 0, 0, -0.5 * min(1, (100 - 50.5) / 50.5)])
 
 
 # --- GRPO-S -----------------------------------------------------------------------------------------------------------
@@ -378,25 +313,6 @@ def test_grpo_s_has_one_ratio_per_completion_of_either_mean():
     assert float(grpo_s.sequence_ratio(new, old, mask)) == pytest.approx(math.exp(0.3))
     arithmetic = (math.exp(0.2) + math.exp(0.4)) / 2
     assert float(grpo_s.sequence_ratio(new, old, mask, "arithmetic")) == pytest.approx(arithmetic)
-
-
-@pytest.mark.parametrize("ratio_mean", ["geometric", "arithmetic"])
-def test_grpo_s_loss_is_eq_7(ratio_mean):
-    rewards, group, mask, entropy = batch()
-    new, old = random_logprobs(mask)
-    A = grpo_s.advantages(grpo_s.shaped_rewards(rewards, entropy, mask, group), rewards, group)
-    w = grpo_s.sequence_ratio(new, old, mask, ratio_mean)  # [B, 1]
-    loss = grpo_s.loss(w, A, mask, 0.2, 0.28)
-    total = (loss * loss_weights(mask, "sequence")).sum()
-    w = w.squeeze(1)
-    expected = -torch.min(w * A, w.clamp(0.8, 1.28) * A).mean()
-    torch.testing.assert_close(total, expected)
-
-
-def test_grpo_s_with_equal_entropies_has_grpos_advantages():
-    rewards, group, mask, _ = batch()
-    A = grpo_s.token_advantages(rewards, torch.full_like(mask, 0.4), mask, group)
-    torch.testing.assert_close(A, grpo.token_advantages(rewards, mask, mask, group), atol=1e-4, rtol=1e-4)
 
 
 # --- facts of every method --------------------------------------------------------------------------------------------
@@ -540,79 +456,6 @@ def test_masks_and_rewards_may_have_types_of_their_own(name, reward_type, mask_t
     torch.testing.assert_close(token_loss(name, new, old, A, mask.to(mask_type)).float(), per_token)
 
 
-# --- main() -----------------------------------------------------------------------------------------------------------
-
-ALL_OPTIONS = {  # of token_advantages, none of them at its default
-    "grpo": dict(advantage="rloo"),
-    "dapo": dict(overlong_cache=0.9),
-    "egsw": dict(advantage="dr_grpo", alpha=1.5, weight_temperature=0.6, step_wise=False, mean_one=False),
-    "gtpo": dict(
-        alpha1=0.9, alpha2=0.3, entropy_baseline="matrix", entropy_mean="geometric", compare_over="batch",
-        normalize_over="outcome", entropy_min=0.2, entropy_max=0.5, overlong_gamma=0.75,
-    ),
-    "grpo_s": dict(beta1=0.9, beta2=0.3, entropy_mean="geometric", entropy_min=0.4),
-    "forking": dict(rho=0.4), "cov": {}, "entropy_advantage": dict(alpha=0.2, kappa=1.5),
-    "quantile": dict(quantile=0.7), "cispo": {},
-}  # fmt: skip
-
-
-def flags(options):
-    """These options as a command line has them."""
-    names = {name: "--" + name.replace("_", "-") for name in options}
-    switch = {True: "", False: "no-"}
-    return [f"--{switch[value]}{names[name][2:]}" if isinstance(value, bool) else f"{names[name]}={value}"
-            for name, value in options.items()]  # fmt: skip
-
-
-@pytest.fixture()
-def rollout(loaded):
-    rollout = rollout_of(*loaded)
-    rollout.rewards = torch.tensor([1.0, 0, 0, 1] + [1, 0] * 8 + [1] * 4)
-    return rollout
-
-
-def gradient_of(model, loss):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_first_gradient_of_main_is_that_of_its_token_advantages(name, loaded, rollout, monkeypatch):
-    """So who copies token_advantages has what main() runs. KL-Cov's penalty has no gradient yet, and nor has its clip
-    an effect."""
-    options = ALL_OPTIONS[name]
-    r, own = rollout, {}
-    if name == "dapo":
-        r = rollout.select(dapo.outcomes_differ(rollout.rewards, rollout.group))
-        own = {"max_new_tokens": T}
-    default, A = (
-        METHODS[name].token_advantages(r.rewards, r.entropy, r.mask, r.group, **own, **given) for given in ({}, options)
-    )
-    assert not options or not torch.allclose(A, default, atol=1e-3)
-    logprobs, _ = token_logprobs(loaded[0], *score_inputs(r))
-    expected = gradient_of(loaded[0], -(A * logprobs * loss_weights(r.mask, reduction_of(name))).sum())
-    more = {"dapo": ["--max-rounds", 1], "cov": ["--variant", "kl"]}.get(name, [])
-    run = main_on(monkeypatch, name, loaded, rollout, "--minibatches", 1, *more, *flags(options))
-    (gradient,) = run.gradients
-    assert expected.norm() > 1e-3 and (gradient - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("name", ["grpo", "egsw"])
-def test_the_kl_is_added_and_egsws_weights_multiply_it_too(name, loaded, rollout, monkeypatch):
-    """Rows without an advantage have a gradient then."""
-    r = rollout
-    ref = r.logprobs - torch.rand(r.mask.shape, generator=torch.Generator().manual_seed(0)) * r.mask
-    logprobs, _ = token_logprobs(loaded[0], *score_inputs(r))
-    A = grpo.advantages(r.rewards, r.group, "rloo")
-    W = egsw.weights(A, r.entropy, r.mask, r.group) if name == "egsw" else r.mask
-    kl = (ref - logprobs).exp() - (ref - logprobs) - 1
-    per_token = W * (0.5 * kl - A[:, None] * logprobs)
-    expected = gradient_of(loaded[0], (per_token * loss_weights(r.mask, reduction_of(name))).sum())
-    run = main_on(monkeypatch, name, loaded, rollout, *flags(dict(kl_coef=0.5, advantage="rloo")), ref_logprobs=ref)
-    assert (run.gradients[0] - expected).norm() < 1e-5 * expected.norm()
-    mean_kl = float((kl.detach() * r.mask).sum() / r.mask.sum())
-    assert run.metrics_of_update()["kl"] == pytest.approx(mean_kl, rel=1e-4)
-
-
 # --- options ----------------------------------------------------------------------------------------------------------
 
 FIXED = {  # the defaults that a paper or a measurement fixes
@@ -650,10 +493,12 @@ def test_the_defaults_that_have_a_reason_stay(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_values_out_of_bounds_are_refused_on_the_command_line(name, capsys):
-    for option in [flag for values in REFUSED[name] for flag in flags(values)]:
-        with pytest.raises(SystemExit) as stop:
-            parse(METHODS[name].Config, "", [option])
-        assert stop.value.code == 2 and option.partition("=")[0] in error_line(capsys)
+    for values in REFUSED[name]:
+        for option, value in values.items():
+            flag = "--" + option.replace("_", "-")
+            with pytest.raises(SystemExit) as stop:
+                parse(METHODS[name].Config, "", [f"{flag}={value}"])
+            assert stop.value.code == 2 and flag in error_line(capsys)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -668,7 +513,7 @@ def test_the_functions_have_the_defaults_of_the_script(name):
             if parameter.name in config and parameter.default is not inspect.Parameter.empty:
                 assert parameter.default == config[parameter.name], (function, parameter)
                 compared += 1
-    assert compared >= len(ALL_OPTIONS[name])
+    assert compared
 
 
 def test_keywords_are_the_options_that_are_arguments_of_the_function():

@@ -9,8 +9,16 @@ from helpers import T, grpo_update, rollout_of, score, trainer_of
 
 import common
 import grpo
-from harness import decoder, distributed
-from harness.trainer import Completion, cost, cut, plan_microbatches, share_of_process, unique_completions
+from harness import decoder, distributed, tiny
+from harness.trainer import (
+    Completion,
+    cost,
+    cut,
+    in_order_of_length,
+    plan_microbatches,
+    share_of_process,
+    unique_completions,
+)  # fmt: skip
 from tasks import arithmetic
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -34,6 +42,11 @@ def test_the_examples_of_the_docstrings_hold(loaded):
     assert cost(three[:2]) == 15 and cost(three) == 2 * 9 + 3 * 3
     assert cut(three, 15) == [three[:2], three[2:]]
     assert cut(three, 14) == [[c] for c in three] and cut(three, 27) == [three]
+
+
+def test_the_longest_come_first_and_completions_of_a_prompt_stay_together():
+    four = completions((0, 9, 2), (1, 9, 4), (0, 9, 6), (2, 3, 9))
+    assert [c.index for c in in_order_of_length(four)] == [2, 0, 1, 3]
 
 
 def test_processes_share_the_tokens_in_stretches():
@@ -148,9 +161,15 @@ def test_the_step_does_not_depend_on_how_it_is_cut_into_micro_batches(loaded, ro
 
 
 def test_the_step_does_not_depend_on_sharing_prompts(loaded, rollout, monkeypatch):
+    run = []  # ids that the decoder ran on
+    loaded[0].base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: run.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     shared = step(loaded, rollout, minibatches=2, token_budget=100)
+    n_shared = sum(run)
     monkeypatch.setattr(decoder, "shares_prompts", lambda model: False)
     assert_same_step(step(loaded, rollout, minibatches=2, token_budget=100), shared)
+    assert n_shared < 0.8 * (sum(run) - n_shared)
 
 
 def test_the_step_does_not_depend_on_the_order_of_the_rows(loaded, rollout):
@@ -254,22 +273,22 @@ def test_the_model_trains_in_training_mode_and_samples_in_evaluation_mode(loaded
     assert all(modes) and not loaded[0].training
 
 
-def test_an_update_that_is_not_finite_is_skipped(loaded, rollout):
-    moved, metrics, _ = step(loaded, rollout, A=torch.full((24,), torch.inf))
-    assert largest(moved) == 0 and metrics["skipped_updates"] == 1 and metrics["loss"] == metrics["grad_norm"] == 0
-
-
-def test_a_gradient_that_is_not_finite_is_skipped_although_the_loss_is(loaded, rollout):
+@pytest.mark.parametrize("loss_of", [
+    lambda difference: (1 + difference) * torch.inf,
+    lambda difference: difference.abs().sqrt(),  # 0, and its gradient is 0 / 0
+    lambda difference: difference + torch.inf,  # the gradient is finite
+])  # fmt: skip
+def test_an_update_whose_loss_or_gradient_is_not_finite_is_skipped(loss_of, loaded, rollout):
     t = trainer_of(*loaded)
     before = [p.detach().clone() for p in loaded[0].parameters()]
     for minibatch in t.minibatches(rollout, "token"):
         for batch in minibatch:
-            per_token = (batch.logprobs - batch.old_logprobs).abs().sqrt()  # 0, and its gradient is 0 / 0
+            per_token = loss_of(batch.logprobs - batch.old_logprobs)
             (per_token * batch.loss_weights).sum().backward()
             t.record(batch, per_token)
         t.optimizer_step()
     metrics = t.metrics_of_update()
-    assert metrics["skipped_updates"] == 1 and metrics["loss"] == 0
+    assert metrics["skipped_updates"] == 1 and metrics["loss"] == metrics["grad_norm"] == 0
     assert all(torch.equal(p, b) for p, b in zip(loaded[0].parameters(), before, strict=True))
 
 
@@ -318,8 +337,8 @@ def test_rewards_and_texts_belong_to_their_rows(loaded):
 
 def test_a_few_grpo_steps_raise_the_reward():
     """An untrained model is rewarded for answering with a 7: GRPO finds that and keeps to it."""
-    tokenizer = arithmetic.new_tokenizer()
-    model = arithmetic.new_model(tokenizer, 0)
+    tokenizer = tiny.new_tokenizer()
+    model = tiny.new_model(tokenizer, 0)
     t = trainer_of(model, tokenizer, lr=3e-3, warmup_steps=0)
     seven = tokenizer("7")["input_ids"][0]
     prompts = tokenizer(["1+2?", "3+4-5?", "6?", "12-7?"])["input_ids"]
