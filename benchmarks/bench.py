@@ -16,6 +16,7 @@ import functools
 import io
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -217,6 +218,51 @@ def bench_step(base: str, runs: int) -> list[dict]:
     return [row("GRPO step, tiny, 32 x 8", "s", results["ours"], best, results[best], False)]
 
 
+def graded_texts() -> dict[str, list[tuple[str, str]]]:
+    """Completions and their golds: word problems, the labelled mathematics of the tests, and random tokens."""
+    rng = random.Random(0)
+    numbers = [(rng.randint(2, 999), rng.randint(2, 999)) for _ in range(1000)]
+    words = [(f"She sold {a} in May, {a} + {b} = {a + b} altogether.\n#### {a + b}", str(a + b)) for a, b in numbers]
+    cases = [json.loads(line) for line in (ROOT / "tests" / "verifier_cases.jsonl").read_text().splitlines()]
+    mathematics = [(c["completion"], c["answer"]) for c in cases if "\\" in c["answer"] and len(c["completion"]) < 300]
+    signs = r"\frac{ } { } \sqrt{ ( ) ^ ^{ ! + - * / 1 2 99 10^ x y i e \pi \sin \ln | , = < \le [ ] \cup or km %"
+    garbage = [
+        (rf"\boxed{{{' '.join(rng.choices(signs.split(), k=rng.randint(3, 60)))}}}", "x^2+1") for _ in range(300)
+    ]
+    return {"word problems": words, "mathematics": mathematics, "garbage": garbage}
+
+
+def bench_verifier(base: str, runs: int) -> list[dict]:
+    """Graded completions a second against math-verify alone, which is slow where it cannot parse."""
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.disable(logging.WARNING)  # math-verify reports each text that it cannot parse
+
+    verifier.grade(r"\boxed{1+x}", "x+1")  # starts the worker
+
+    def ours(texts: list[tuple[str, str]]) -> float:
+        for remembers in (verifier._tidy, verifier._tokens, verifier._number, verifier.worker.judge):
+            remembers.cache_clear()
+        start = time.perf_counter()
+        for completion, gold in texts:
+            verifier.grade(completion, gold)
+        return len(texts) / (time.perf_counter() - start)
+
+    def theirs(texts: list[tuple[str, str]]) -> float:
+        start = time.perf_counter()
+        for completion, gold in texts:
+            verify(parse(f"\\boxed{{{gold}}}"), parse(completion))
+        return len(texts) / (time.perf_counter() - start)
+
+    rows = []
+    for kind, texts in graded_texts().items():
+        results = alternate({"ours": lambda t=texts: ours(t), "math-verify": lambda t=texts: theirs(t)}, runs)
+        rows.append(row(f"verifier, {kind}", "texts/s", results["ours"], "math-verify", results["math-verify"], True))
+    return rows
+
+
 # --- log-probs: each measurement is a process, for its peak memory ---------------------------------------------------
 
 
@@ -344,7 +390,10 @@ def installed(package: str) -> str | None:
 
 
 def main() -> None:
-    benches = {"rollout": bench_rollout, "step": bench_step, "logprobs": bench_logprobs, "growth": bench_growth}
+    benches = {
+        "rollout": bench_rollout, "step": bench_step, "logprobs": bench_logprobs, "growth": bench_growth,
+        "verifier": bench_verifier,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=benches, default=list(benches))
     parser.add_argument("--runs", type=int, default=5)
@@ -361,7 +410,7 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    packages = {p: installed(p) for p in ("torch", "transformers", "trl")}
+    packages = {p: installed(p) for p in ("torch", "transformers", "trl", "math-verify")}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **packages}
     print(machine)
     rows = []
@@ -370,8 +419,9 @@ def main() -> None:
         args.rows = []
     base = args.base or (args.rows and str(arithmetic.base(ROOT / "runs" / "tiny-base")))
     for name in args.rows:
-        if name == "step" and not packages["trl"]:
-            print("step: TRL is not installed (pip install -r requirements-dev.txt); not measured")
+        needed = {"step": "trl", "verifier": "math-verify"}.get(name)
+        if needed and not packages[needed]:
+            print(f"{name}: {needed} is not installed (pip install -r requirements-dev.txt); not measured")
             continue
         rows += benches[name](base, args.runs)
     Path(args.out).write_text(json.dumps({"machine": machine, "command": sys.argv[1:], "rows": rows}, indent=2) + "\n")

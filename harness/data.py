@@ -353,8 +353,8 @@ def prompt_text(tokenizer, messages: list[dict], system: str, template: str) -> 
          "give a local copy without the template, which then uses --prompt-template")  # fmt: skip
 
 
-def prompt_ids(tokenizer, text: str) -> list[int]:
-    """The token ids of a prompt. A chat template has written the special tokens already."""
+def prompt_ids(tokenizer, text: Any) -> Any:
+    """The token ids of a prompt, or of each of a list. A chat template has written the special tokens already."""
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
@@ -385,12 +385,13 @@ def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]
         system = DEFAULT_SYSTEM if unknown_share(tokenizer, DEFAULT_SYSTEM) <= MAX_UNKNOWN else ""
     stops = stop_ids(model, tokenizer)
     n_embeddings = len(model.get_input_embeddings().weight)
-    encoded = []
-    known = []
+    texts = []
     for problem in problems:
         messages = problem.get("messages") or [{"role": "user", "content": problem["question"]}]
-        text = prompt_text(tokenizer, messages, system, cfg.prompt_template)
-        ids = prompt_ids(tokenizer, text)
+        texts.append(prompt_text(tokenizer, messages, system, cfg.prompt_template))
+    encoded = []
+    known = []
+    for problem, text, ids in zip(problems, texts, prompt_ids(tokenizer, texts) if texts else [], strict=True):
         if not ids or ids[-1] in stops:
             what = "ends in a token that ends a completion" if ids else "is empty"
             fail(f"--model: a prompt {what}: {tokenizer.decode(ids)!r:.300}; "
@@ -398,7 +399,7 @@ def encode(cfg: RunConfig, model, tokenizer, problems: list[dict]) -> list[dict]
         if max(ids) >= n_embeddings:
             fail(f"--model: its tokenizer gives the token {max(ids)}, but the model has {n_embeddings}")
         encoded.append({**problem, "prompt_ids": ids})
-        if unknown_share(tokenizer, text) <= MAX_UNKNOWN:
+        if tokenizer.unk_token_id not in ids or unknown_share(tokenizer, text) <= MAX_UNKNOWN:
             known.append(encoded[-1])
     if len(known) < len(encoded):
         print(f"{len(encoded) - len(known)} of {len(encoded)} rows dropped: the tokenizer does not know their words")

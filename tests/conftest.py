@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import error_line
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 
@@ -43,3 +44,17 @@ def small(toy, toy_data, tmp_path):
         return [*map(str, ["--model", toy, "--dataset", toy_data, "--out", tmp_path, *size.split(), *more])]
 
     return options
+
+
+@pytest.fixture()
+def refusal(capsys):
+    """Calls a function that ends the program with status 2, and returns its one line."""
+
+    def message(function, *arguments, **keywords):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*arguments, **keywords)
+        assert stop.value.code == 2
+        return error_line(capsys)
+
+    return message

@@ -41,12 +41,12 @@ class ThisProcess:
 
     def __init__(self, function, arguments):
         self.exitcode = 0
-        argv = sys.argv
-        try:
-            function(*arguments)
-        except SystemExit as stop:
-            self.exitcode = stop.code
-        sys.argv = argv
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", sys.argv)  # the run changes it
+            try:
+                function(*arguments)
+            except SystemExit as stop:
+                self.exitcode = stop.code
 
     def is_alive(self):
         return False
@@ -55,14 +55,15 @@ class ThisProcess:
 def run_folder(path, rewards, entropies):
     """A run folder with steps of 100 tokens each, one for each reward."""
     path.mkdir(parents=True)
-    steps = list(enumerate(zip(rewards, entropies, strict=True), 1))
-    lines = [dict(step=i, reward=r, entropy=h, skipped_updates=0) for i, (r, h) in steps]
-    lines = [{**line, "completions/mean_length": 10.0 * line["step"]} for line in lines]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "timing.jsonl").write_text("".join(json.dumps(dict(step=i, tokens=100)) + "\n" for i, _ in steps))
-    evaluations = [{"step": 0, "mean@2": 0.25, "mean@2_ci": [0.2, 0.3], "pass@1": 0.25, "pass@2": 0.5, "length": 9.0},
-                   {"step": len(steps), "mean@2": 0.75, "mean@2_ci": [0.7, 0.8], "pass@1": 0.75, "pass@2": 1.0,
-                    "length": 12.0}]  # fmt: skip
+    with open(path / "metrics.jsonl", "w") as metrics, open(path / "timing.jsonl", "w") as timing:
+        for step, (reward, entropy) in enumerate(zip(rewards, entropies, strict=True), 1):
+            row = dict(step=step, reward=reward, entropy=entropy, skipped_updates=0)
+            metrics.write(json.dumps({**row, "completions/mean_length": 10.0 * step}) + "\n")
+            timing.write(json.dumps(dict(step=step, tokens=100)) + "\n")
+    evaluations = [
+        {"step": 0, "mean@2": 0.25, "mean@2_ci": [0.2, 0.3], "pass@1": 0.25, "pass@2": 0.5, "length": 9.0},
+        {"step": len(rewards), "mean@2": 0.75, "mean@2_ci": [0.7, 0.8], "pass@1": 0.75, "pass@2": 1.0, "length": 12.0},
+    ]
     (path / "eval.json").write_text(json.dumps(evaluations))
     return path
 
@@ -73,10 +74,8 @@ def test_the_summary_has_the_numbers_of_the_run(tmp_path):
     assert (s["steps"], s["tokens"]) == (20, 2000)
     # The mean of 5 steps is 0.8 with 3 of them at 1 and 2 at 0.5: three steps after the tenth.
     assert (s["steps to 0.8"], s["tokens to 0.8"]) == (13, 1300)
-    assert s["entropy first"] == pytest.approx(0.5)
-    assert s["entropy lowest"] == pytest.approx(0.1)
-    assert s["entropy last"] == pytest.approx(0.2)
-    assert s["rebound"] == pytest.approx(2.0)
+    entropies = [s[f"entropy {when}"] for when in ("first", "lowest", "last")]
+    assert [*entropies, s["rebound"]] == pytest.approx([0.5, 0.1, 0.2, 2.0])
     assert s["mean reward"] == pytest.approx(0.75)
     assert (s["before mean@2"], s["after mean@2"], s["after pass@2"]) == (0.25, 0.75, 1.0)
 
@@ -94,24 +93,20 @@ def test_the_curve_has_points_at_equal_numbers_of_tokens(tmp_path):
     assert points[0]["reward"] == 0 and points[-1]["length"] == pytest.approx(295)
 
 
-def test_an_interval_is_that_of_students_t_and_is_left_out_for_one_seed():
-    assert tables.interval([0.5]) == "0.500"
+def test_intervals_are_those_of_students_t_and_p_is_two_sided():
+    assert tables.interval([0.5]) == "0.500"  # left out for one seed
     assert tables.interval([-0.0001, 0.0], sign="+") == "+0.000 ± 0.001"
     # 5 values with standard deviation 0.158: 2.776 * 0.158 / sqrt(5)
     assert tables.interval([0.1, 0.2, 0.3, 0.4, 0.5]) == "0.300 ± 0.196"
+    assert tables.p_value([0.1, 0.2, 0.3]) == pytest.approx(0.0742, abs=1e-4)
+    assert tables.p_value([-0.1, -0.2, -0.3]) == tables.p_value([0.1, 0.2, 0.3])
+    assert tables.p_value([0.0, 0.0]) == 1.0 and tables.p_value([0.1, 0.1]) == 0.0 and tables.p_value([0.1]) == 1.0
 
 
 def test_holm_stops_at_the_first_test_that_fails():
     assert tables.holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.05/3, then 0.05/2
     assert tables.holm([0.01, 0.02, 0.05]) == [True, True, True]
-    assert tables.holm([0.02, 0.001]) == [True, True]
-    assert tables.holm([]) == []
-
-
-def test_p_is_two_sided_and_knows_differences_without_spread():
-    assert tables.p_value([0.1, 0.2, 0.3]) == pytest.approx(0.0742, abs=1e-4)
-    assert tables.p_value([-0.1, -0.2, -0.3]) == tables.p_value([0.1, 0.2, 0.3])
-    assert tables.p_value([0.0, 0.0]) == 1.0 and tables.p_value([0.1, 0.1]) == 0.0 and tables.p_value([0.1]) == 1.0
+    assert tables.holm([0.02, 0.001]) == [True, True] and tables.holm([]) == []
 
 
 def test_a_table_compares_seed_by_seed(tmp_path):
@@ -190,13 +185,12 @@ def test_a_result_stays_valid_when_a_script_gets_a_new_option_or_loses_one(tmp_p
     stored = training_runs.identity(run)
     del stored["config"]["token_budget"]
     stored["config"]["an option that is gone"] = 1
-    folder = tmp_path / training_runs.name_of(run)
-    folder.mkdir()
-    (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
-    assert training_runs.finished(run, tmp_path) == {"steps": 1}
-    stored["config"]["clip_low"] = 0.3
-    (folder / "summary.json").write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
-    assert training_runs.finished(run, tmp_path) is None
+    summary = tmp_path / training_runs.name_of(run) / "summary.json"
+    summary.parent.mkdir()
+    for clip_low, expected in ((0.2, {"steps": 1}), (0.3, None)):
+        stored["config"]["clip_low"] = clip_low
+        summary.write_text(json.dumps({"identity": stored, "summary": {"steps": 1}}))
+        assert training_runs.finished(run, tmp_path) == expected
 
 
 @pytest.mark.slow

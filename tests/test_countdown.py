@@ -13,13 +13,13 @@ from tasks import arithmetic, countdown
 ROW = {"question": "3 12 7=29?", "numbers": [3, 12, 7], "target": 29}
 
 
-@pytest.mark.parametrize("completion", ["12*3=36\n36-7=29", "3*12=36\n36-7=29"])
-def test_a_correct_chain_is_rewarded(completion):
-    assert countdown.reward(completion, ROW) == 1.0
-
-
-def test_totals_may_grow_as_large_as_they_need():
-    assert countdown.reward("30*29=870\n870-28=842", {"numbers": [28, 29, 30], "target": 842}) == 1.0
+@pytest.mark.parametrize("completion, numbers, target", [
+    ("12*3=36\n36-7=29", [3, 12, 7], 29), ("3*12=36\n36-7=29", [3, 12, 7], 29),
+    ("30*29=870\n870-28=842", [28, 29, 30], 842),  # totals may grow as large as they need
+    ("4*4=16\n16+5=21", [4, 4, 5], 21),  # a number that is given twice may be used twice
+])  # fmt: skip
+def test_a_correct_chain_is_rewarded(completion, numbers, target):
+    assert countdown.reward(completion, {"numbers": numbers, "target": target}) == 1.0
 
 
 @pytest.mark.parametrize("completion", [
@@ -40,12 +40,6 @@ def test_a_hacked_completion_earns_nothing(completion):
     assert countdown.reward(completion, ROW) == 0.0
 
 
-def test_a_number_that_is_given_twice_may_be_used_twice():
-    row = {"numbers": [4, 4, 5], "target": 21}
-    assert countdown.reward("4*4=16\n16+5=21", row) == 1.0
-    assert countdown.reward("4*4=16\n16+5=21", {"numbers": [4, 5, 6], "target": 21}) == 0.0
-
-
 def test_every_chain_of_the_list_earns_the_reward_for_its_total_and_for_no_other():
     rng = random.Random(0)
     for _ in range(20):
@@ -58,7 +52,7 @@ def test_every_chain_of_the_list_earns_the_reward_for_its_total_and_for_no_other
 def test_questions_are_many_distinct_seeded_and_solvable():
     rows = countdown.questions(countdown.N_TRAIN, 0, held_out=False)
     assert len({(*sorted(row["numbers"]), row["target"]) for row in rows}) == len(rows) >= 20_000
-    assert rows[:50] == countdown.questions(countdown.N_TRAIN, 0, held_out=False)[:50]
+    assert rows == countdown.questions(countdown.N_TRAIN, 0, held_out=False)
     assert rows[:50] != countdown.questions(countdown.N_TRAIN, 1, held_out=False)[:50]
     for row in rows[::400]:
         assert row["target"] in {total for _, total in countdown.chains(row["numbers"])}

@@ -2,11 +2,11 @@
 
 import gzip
 import json
-from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from helpers import data_folder, error_line
+from helpers import data_folder
 
 import verifier
 from harness import data, tiny
@@ -14,37 +14,31 @@ from harness.model import load_model
 from harness.options import RunConfig
 
 GSM8K = [
-    {
-        "question": "A pen costs $2 and a pad $3. What do 4 pens and a pad cost?",
-        "answer": "4 * 2 = <<4*2=8>>8\n#### 11",
-    },
-    {
-        "question": "A hall has 25 rows of 40 seats. How many seats?",
-        "answer": "25 * 40 = <<25*40=1000>>1,000\n#### 1,000",
-    },
+    {"question": "A pen costs $2 and a pad $3. What do 4 pens and a pad cost?",
+     "answer": "4 * 2 = <<4*2=8>>8\n#### 11"},
+    {"question": "A hall has 25 rows of 40 seats. How many seats?",
+     "answer": "25 * 40 = <<25*40=1000>>1,000\n#### 1,000"},
     {"question": "Half of a dozen eggs break. How many are left?", "answer": "12 / 2 = 6\n#### 6"},
-]
+]  # fmt: skip
 MATH = [
     {"problem": "Solve $2x = 1$.", "solution": r"So $x = \boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}", "level": 1},
-    {
-        "problem": "Which day follows Monday?",
-        "solution": r"\boxed{\text{Tuesday}}",
-        "answer": r"\text{Tuesday}",
-        "level": 1,
-    },
-]
+    {"problem": "Which day follows Monday?", "solution": r"\boxed{\text{Tuesday}}", "answer": r"\text{Tuesday}",
+     "level": 1},
+]  # fmt: skip
 DAPO_17K = [
-    {
-        "data_source": "math_dapo",
-        "prompt": [{"role": "user", "content": f"Solve it. What is {n} + 1? Answer on a last line."}],
-        "reward_model": {"ground_truth": str(n + 1), "style": "rule"},
-    }
+    {"data_source": "math_dapo", "prompt": [{"role": "user", "content": f"Solve it. What is {n} + 1?"}],
+     "reward_model": {"ground_truth": str(n + 1), "style": "rule"}}
     for n in range(4)
-]
+]  # fmt: skip
 
 
 def config(**options):
     return RunConfig(**{"max_new_tokens": 8, **options})
+
+
+def load(dataset, eval_rows=0, **options):
+    """(training problems, held-out problems) of a file or folder; all are training problems unless it is said."""
+    return data.load_problems(config(dataset=str(dataset), eval_rows=eval_rows, **options))
 
 
 def write(path, rows):
@@ -52,64 +46,55 @@ def write(path, rows):
     return str(path)
 
 
+@pytest.fixture()
+def tokenizer():
+    return tiny.new_tokenizer()
+
+
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows, golds", [(GSM8K, ["11", "1,000", "6"]), (MATH, [r"\frac{1}{2}", r"\text{Tuesday}"]),
                                          (DAPO_17K, ["1", "2", "3", "4"])])  # fmt: skip
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved", "saved dict"])
-def test_known_layouts_load_in_every_format(rows, golds, kind, tmp_path):
-    import datasets
-
-    path = str(tmp_path / f"rows.{kind}")
-    built = datasets.Dataset.from_list(rows)
-    if kind == "jsonl":
-        write(tmp_path / "rows.jsonl", rows)
-    elif kind == "json":
-        Path(path).write_text(json.dumps(rows))
-    elif kind == "parquet":
-        built.to_parquet(path)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "saved", "saved dict"])
+def test_known_layouts_load_in_every_format(rows, golds, name, tmp_path):
+    path = tmp_path / name
+    dataset = datasets.Dataset.from_list(rows)
+    if name == "a.jsonl":
+        write(path, rows)
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
+    elif name == "a.parquet":
+        dataset.to_parquet(path)
     else:
-        path = str(tmp_path / "folder")
-        (datasets.DatasetDict(train=built) if kind == "saved dict" else built).save_to_disk(path)
-    train, held = data.load_problems(config(dataset=path, eval_rows=0))
+        (datasets.DatasetDict(train=dataset) if name == "saved dict" else dataset).save_to_disk(path)
+    train, held = load(path)
     assert sorted(verifier.gold_answer(row["answer"]) for row in train) == sorted(golds) and held == []
     assert all(isinstance(row["question"], str) and row["question"] for row in train)
 
 
-def test_columns_can_be_named(tmp_path, capsys):
+def test_columns_can_be_named(tmp_path, refusal):
     path = write(tmp_path / "a.jsonl", [{"text": "1+1?", "gold": "2"}, {"text": "1+2?", "gold": "3"}])
-    train, held = data.load_problems(config(dataset=path, question_column="text", answer_column="gold", eval_rows=1))
+    columns = dict(question_column="text", answer_column="gold")
+    train, held = load(path, eval_rows=1, **columns)
     assert {row["answer"] for row in train + held} == {"2", "3"}
-    with pytest.raises(SystemExit):
-        data.load_problems(config(dataset=path))
-    assert "--question-column" in error_line(capsys)
+    assert "--question-column" in refusal(load, path)
     other = write(tmp_path / "b.jsonl", GSM8K)  # with the usual names, whatever those of the first are called
-    _, held = data.load_problems(
-        config(dataset=path, eval_dataset=other, eval_rows=9, question_column="text", answer_column="gold")
-    )
+    _, held = load(path, eval_dataset=other, eval_rows=9, **columns)
     assert len(held) == 3
 
 
-def test_the_test_split_is_evaluated_on_and_a_missing_split_is_refused(tmp_path, capsys):
-    import datasets
-
-    built = datasets.DatasetDict(train=datasets.Dataset.from_list(GSM8K), test=datasets.Dataset.from_list(GSM8K[:1]))
-    built.save_to_disk(tmp_path / "d")
-    train, held = data.load_problems(config(dataset=str(tmp_path / "d")))
+def test_the_test_split_is_evaluated_on_and_a_missing_split_is_refused(tmp_path, refusal):
+    dataset = datasets.DatasetDict(train=datasets.Dataset.from_list(GSM8K), test=datasets.Dataset.from_list(GSM8K[:1]))
+    dataset.save_to_disk(tmp_path / "d")
+    train, held = load(tmp_path / "d", eval_rows=9)
     assert [problem["question"] for problem in held] == [GSM8K[0]["question"]] and len(train) == 2
-    with pytest.raises(SystemExit):
-        data.load_problems(config(dataset=str(tmp_path / "d"), splits="training,test"))
-    assert "--splits" in error_line(capsys)
-    with pytest.raises(SystemExit):
-        data.load_problems(config(dataset=str(tmp_path / "d"), splits="train,tset"))
-    assert "--splits" in error_line(capsys)
+    for splits in ("training,test", "train,tset"):
+        assert "--splits" in refusal(load, tmp_path / "d", eval_rows=9, splits=splits)
 
 
 def test_a_hub_data_set_with_configurations(tmp_path):
     """openai/gsm8k's layout: two configurations, of which `main` is meant, with a test split to evaluate on."""
-    import datasets
-
     folder, yaml = tmp_path / "gsm8k", ["---", "configs:"]
     for name in ("socratic", "main"):
         (folder / name).mkdir(parents=True)
@@ -119,100 +104,75 @@ def test_a_hub_data_set_with_configurations(tmp_path):
             datasets.Dataset.from_list(rows).to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
             yaml += [f"  - split: {split}", f"    path: {name}/{split}-*"]
     (folder / "README.md").write_text("\n".join([*yaml, "---", ""]))
-    train, held = data.load_problems(config(dataset=str(folder)))
+    train, held = load(folder, eval_rows=9)
     assert len(train) == 2 and len(held) == 1 and all("main: " in row["question"] for row in train + held)
-    train, _ = data.load_problems(config(dataset=f"{folder}:socratic"))
+    train, _ = load(f"{folder}:socratic")
     assert all("socratic: " in row["question"] for row in train)
 
 
 def test_training_and_evaluation_never_share_a_question(tmp_path, capsys):
     train = write(tmp_path / "train.jsonl", GSM8K)
     same = [{**GSM8K[1], "question": "  A hall has 25 rows  of 40 seats.\nHow many seats?"}]
-    kept, held = data.load_problems(config(dataset=train, eval_dataset=write(tmp_path / "eval.jsonl", same)))
+    kept, held = load(train, eval_rows=9, eval_dataset=write(tmp_path / "eval.jsonl", same))
     assert len(held) == 1 and GSM8K[1]["question"] not in [row["question"] for row in kept] and len(kept) == 2
     assert "1 rows dropped" in capsys.readouterr().out
     for seed in range(3):
-        rows, held = data.load_problems(config(dataset="arithmetic", seed=seed))
+        rows, held = load("arithmetic", eval_rows=256, seed=seed)
         assert not {row["question"] for row in rows} & {row["question"] for row in held}
+    rows, held = load("arithmetic", eval_rows=9, eval_dataset=train)  # or something else
+    assert len(rows) == 8192 and {row["question"] for row in held} == {row["question"] for row in GSM8K}
 
 
-def test_the_built_in_task_can_be_evaluated_on_something_else(tmp_path):
-    train, held = data.load_problems(config(eval_dataset=write(tmp_path / "eval.jsonl", GSM8K)))
-    assert len(train) == 8192 and {row["question"] for row in held} == {row["question"] for row in GSM8K}
-
-
-def test_questions_that_come_twice_are_dropped_and_counted(tmp_path, capsys):
-    train, _ = data.load_problems(config(dataset=write(tmp_path / "a.jsonl", [*GSM8K, GSM8K[0]]), eval_rows=0))
+def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, capsys, refusal):
+    train, _ = load(write(tmp_path / "a.jsonl", [*GSM8K, GSM8K[0]]))  # one comes twice
     assert len(train) == 3 and "1 of 4 rows dropped" in capsys.readouterr().out
-
-
-def test_answers_that_cannot_be_verified_are_dropped_and_counted(tmp_path, capsys):
     bad = [{"question": "Why?", "answer": "because it was raining all day long"}, {"question": "Who?", "answer": ""}]
-    train, _ = data.load_problems(config(dataset=write(tmp_path / "a.jsonl", GSM8K + bad), eval_rows=0))
+    train, _ = load(write(tmp_path / "a.jsonl", GSM8K + bad))
     assert len(train) == 3 and "2 of 5 rows dropped" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        data.load_problems(config(dataset=write(tmp_path / "b.jsonl", bad), eval_rows=0))
-    assert "none of its 2 rows" in error_line(capsys)
+    assert "none of its 2 rows" in refusal(load, write(tmp_path / "b.jsonl", bad))
 
 
-@pytest.mark.parametrize("content, name", [("", "a.jsonl"), (" \n\n", "a.jsonl"), ("[]", "a.json")])
-def test_an_empty_file_is_refused_as_empty(content, name, tmp_path, capsys):
-    (tmp_path / name).write_text(content)
-    for options in (dict(dataset=str(tmp_path / name)), dict(eval_dataset=str(tmp_path / name))):
-        with pytest.raises(SystemExit) as stop:
-            data.load_problems(config(**options))
-        assert stop.value.code == 2 and "empty" in error_line(capsys)
-
-
-@pytest.mark.parametrize("content, told", [
-    (b'{"question": "caf\xe9?", "answer": "1"}\n', "UTF-8"),
-    (b'{"question": "1+2?", "answer": ["3"]}\n', "the answer is a list"),
-    (b'{"question": "1+2?", "answer": true}\n', "the answer is a bool"),
+@pytest.mark.parametrize("name, content, told", [
+    ("a.jsonl", b"", "empty"), ("a.jsonl", b" \n\n", "empty"), ("a.json", b"[]", "empty"),
+    ("a.jsonl", b'{"question": "caf\xe9?", "answer": "1"}\n', "UTF-8"),
+    ("a.jsonl", b'{"question": "1+2?", "answer": ["3"]}\n', "the answer is a list"),
+    ("a.jsonl", b'{"question": "1+2?", "answer": true}\n', "the answer is a bool"),
+    ("a.jsonl", b'{"question": "1?", "answer": 3}\n{"question": "2?", "answer": 1, "answer": 2}\n',
+     "line 2: the key 'answer' comes twice"),
+    *(("a.jsonl", b'{"question": "1?", "answer": 3}\n' + row, told) for row, told in [
+        (b'{"question": "1+1?"}', "row 2"), (b'{"answer": "2"}', "row 2"), (b"[1]", "line 2"), (b"not json", "line 2")
+    ]),
+    ("nope.jsonl", None, "there is no file"),
 ])  # fmt: skip
-def test_a_file_that_cannot_be_used_is_refused_in_one_line(content, told, tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        data.load_problems(RunConfig(dataset=str(path), eval_rows=0))
-    assert stop.value.code == 2 and told in error_line(capsys)
-
-
-def test_a_misspelt_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
-    datasets = pytest.importorskip("datasets")
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(name, content, told, tmp_path, monkeypatch, refusal):
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: pytest.fail("asked the hub"))
-    with pytest.raises(SystemExit):
-        data.load_problems(RunConfig(dataset=str(tmp_path / "nope.jsonl"), eval_rows=0))
-    assert "there is no file" in error_line(capsys)
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert told in refusal(load, path)
+    assert told in refusal(load, "arithmetic", eval_rows=9, eval_dataset=str(path))
 
 
-def test_overlong_prompts_are_dropped_and_counted(capsys):
-    tokenizer, model = tiny.new_tokenizer(), tiny.new_model(tiny.new_tokenizer(), 0)
+def test_overlong_prompts_are_dropped_and_counted(tokenizer, capsys, refusal):
+    model = tiny.new_model(tokenizer, 0)
     rows = [{"question": "1+2?", "answer": "3"}, {"question": "1+2+3+4+5+6?", "answer": "21"}]
     assert len(data.encode(config(max_prompt_tokens=6), model, tokenizer, rows)) == 1
     assert "1 of 2 rows dropped" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        data.encode(config(max_prompt_tokens=2), model, tokenizer, rows)
-    assert "--max-prompt-tokens" in error_line(capsys)
-    with pytest.raises(SystemExit):
-        data.encode(config(max_new_tokens=model.config.max_position_embeddings), model, tokenizer, rows)
-    assert "--max-new-tokens" in error_line(capsys)
+    assert "--max-prompt-tokens" in refusal(data.encode, config(max_prompt_tokens=2), model, tokenizer, rows)
+    limit = model.config.max_position_embeddings
+    assert "--max-new-tokens" in refusal(data.encode, config(max_new_tokens=limit), model, tokenizer, rows)
 
 
-def test_the_hub_out_of_reach_is_one_line_with_the_way_out(capsys):
-    with pytest.raises(SystemExit) as stop:
-        data.load_problems(config(dataset="openai/no-such-set-here"))
-    assert stop.value.code == 2 and "local file or folder" in error_line(capsys)
-    with pytest.raises(SystemExit) as stop:
-        load_model("Qwen/no-such-model-here", torch.device("cpu"))
-    assert stop.value.code == 2 and "local folder" in error_line(capsys)
+def test_the_hub_out_of_reach_is_one_line_with_the_way_out(refusal):
+    assert "local file or folder" in refusal(load, "openai/no-such-set-here")
+    assert "local folder" in refusal(load_model, "Qwen/no-such-model-here", torch.device("cpu"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, count", [("gsm8k/train", 7473), ("gsm8k/test", 1319), ("math500/test", 500),
                                          ("aime/aime24", 30), ("aime/aime25", 30)])  # fmt: skip
 def test_every_row_of_the_real_data_sets_is_usable(name, count):
-    path = data_folder() / f"{name}.jsonl"
-    train, _ = data.load_problems(config(dataset=str(path), eval_rows=0))
+    train, _ = load(data_folder() / f"{name}.jsonl")
     assert len(train) == count
 
 
@@ -246,28 +206,18 @@ CHAT = [{"role": "system", "content": "base 7"}, {"role": "user", "content": "2+
     (None, [CHAT[1], {"role": "assistant", "content": "It is"}], "3+2+2?=It is"),
     (None, CHAT, "3+system: base 7\n\nuser: 2+2?\n\nassistant: 4\n\nuser: 3+5?="),
 ])  # fmt: skip
-def test_a_prompt_contains_all_turns_and_the_system_text(template, question, expected):
-    tokenizer = tiny.new_tokenizer()
+def test_a_prompt_contains_all_turns_and_the_system_text(template, question, expected, tokenizer):
     tokenizer.chat_template = template
     assert prompt(tokenizer, question) == expected
 
 
-def test_a_prompt_template_reads_backslash_n_as_a_new_line():
-    tokenizer = tiny.new_tokenizer()
-    tokenizer.chat_template = None
-    assert prompt(tokenizer, "1+2?", template=r"Q: {question}\nA:") == "Q: 1+2?\nA:"
-
-
 @pytest.mark.parametrize("template, told", [
-    ("{{ raise_exception('no turns at all') }}", "no turns at all"), ("", "the prompt is ''"),
+    ("{{ raise_exception('no turns at all') }}", "no turns at all"), ("{{ '' }}", "the prompt is ''"),
     ("{{ messages[-1].content | replace('1+', '') }}", "leaves out"),
 ])  # fmt: skip
-def test_a_template_that_loses_the_question_is_refused_with_the_prompt(template, told, capsys):
-    tokenizer = tiny.new_tokenizer()
-    tokenizer.chat_template = template or "{{ '' }}"
-    with pytest.raises(SystemExit):
-        prompt(tokenizer, "1+2?")
-    message = error_line(capsys)
+def test_a_template_that_loses_the_question_is_refused_with_the_prompt(template, told, tokenizer, refusal):
+    tokenizer.chat_template = template
+    message = refusal(prompt, tokenizer, "1+2?")
     assert told in message and "--prompt-template" in message
 
 
@@ -276,36 +226,22 @@ def encoded(tokenizer, *questions, **options):
     return data.encode(config(**options), model, tokenizer, [{"question": q, "answer": "3"} for q in questions])
 
 
-def test_the_default_system_turn_is_left_out_where_the_tokenizer_cannot_write_it(capsys):
-    tokenizer = tiny.new_tokenizer()
+def test_the_default_system_turn_is_left_out_where_the_tokenizer_cannot_write_it(tokenizer, refusal):
     assert tokenizer.decode(encoded(tokenizer, "1+2?")[0]["prompt_ids"]) == "1+2?"
-    with pytest.raises(SystemExit):  # one that is given is never left out
-        encoded(tokenizer, "1+2?", system="Be brief.")
-    assert "Be brief." in error_line(capsys)
+    assert "Be brief." in refusal(encoded, tokenizer, "1+2?", system="Be brief.")  # one that is given never is
 
 
-def test_prompts_of_unknown_words_are_dropped_and_refused_if_there_is_no_other(capsys):
-    tokenizer = tiny.new_tokenizer()
+def test_prompts_that_a_model_cannot_read_are_dropped_and_refused_if_there_is_no_other(tokenizer, capsys, refusal):
     assert len(encoded(tokenizer, "1 + 2?", "What is 1+2?")) == 1 and "1 of 2 rows dropped" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        encoded(tokenizer, "What is 1+2?")
-    assert "'What is 1+2?'" in error_line(capsys)
-
-
-def test_a_prompt_that_has_already_ended_is_refused(capsys):
-    tokenizer = tiny.new_tokenizer()
+    assert "'What is 1+2?'" in refusal(encoded, tokenizer, "What is 1+2?")  # unknown words
     tokenizer.chat_template = "{{ messages[-1].content }}<eos>"
-    with pytest.raises(SystemExit):
-        encoded(tokenizer, "1+2?")
-    assert "1+2?<eos>" in error_line(capsys)
+    assert "1+2?<eos>" in refusal(encoded, tokenizer, "1+2?")  # it has already ended
 
 
-def test_a_prompt_template_needs_a_place_for_the_question(capsys):
-    tokenizer = tiny.new_tokenizer()
+def test_a_prompt_template_needs_a_place_for_the_question_and_reads_backslash_n_as_a_new_line(tokenizer, refusal):
     tokenizer.chat_template = None
-    with pytest.raises(SystemExit):
-        encoded(tokenizer, "1+2?", prompt_template="{q}?")
-    assert "--prompt-template" in error_line(capsys)
+    assert "--prompt-template" in refusal(encoded, tokenizer, "1+2?", prompt_template="{q}?")
+    assert prompt(tokenizer, "1+2?", template=r"Q: {question}\nA:") == "Q: 1+2?\nA:"
 
 
 @pytest.mark.parametrize("question, told", [
@@ -314,11 +250,9 @@ def test_a_prompt_template_needs_a_place_for_the_question(capsys):
     ([{"role": "user", "content": [{"type": "image", "url": "a.png"}]}], "a dict"), (["3+4?"], "role and content"),
     ([{"role": "system", "content": "3+4?"}], "no question"), ("\ud800", "surrogates"),
 ])  # fmt: skip
-def test_a_question_that_is_no_text_and_no_chat_is_refused_with_row_and_type(question, told, tmp_path, capsys):
+def test_a_question_that_is_no_text_and_no_chat_is_refused_with_row_and_type(question, told, tmp_path, refusal):
     path = write(tmp_path / "a.jsonl", [{"prompt": question, "answer": "7"}])
-    with pytest.raises(SystemExit):
-        data.load_problems(config(dataset=path, eval_rows=0))
-    assert told in error_line(capsys)
+    assert told in refusal(load, path)
 
 
 # --- values stay as they are written ----------------------------------------------------------------------------------
@@ -352,34 +286,21 @@ def test_json_keeps_a_gold_as_written_and_gives_a_reward_the_plain_value(written
 def test_golds_that_say_that_there_is_none_are_dropped_and_counted(answer, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"question": "a?", "answer": {answer}}}\n{{"question": "b?", "answer": 3}}\n')
-    train, _ = data.load_problems(config(dataset=str(path), eval_rows=0))
+    train, _ = load(path)
     assert [problem["answer"] for problem in train] == ["3"] and "1 of 2 rows dropped" in capsys.readouterr().out
 
 
-def test_a_key_that_comes_twice_is_refused(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text('{"question": "b?", "answer": 3}\n{"question": "a?", "answer": 1, "answer": 2}\n')
-    with pytest.raises(SystemExit):
-        data.load_problems(config(dataset=str(tmp_path / "a.jsonl"), eval_rows=0))
-    assert "line 2: the key 'answer' comes twice" in error_line(capsys)
-
-
-def test_float32_of_parquet_is_its_shortest_decimal_and_bytes_are_refused(tmp_path, capsys):
-    import datasets
-
+def test_float32_of_parquet_is_its_shortest_decimal_and_bytes_are_refused(tmp_path, refusal):
     features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.Value("float32")})
     datasets.Dataset.from_dict({"question": ["a?"], "answer": [0.1]}, features).to_parquet(tmp_path / "a.parquet")
     (problem,) = data.training_problems(config(dataset=str(tmp_path / "a.parquet")))
     assert problem["answer"] == "0.1" and isinstance(problem["row"]["answer"], float)
     datasets.Dataset.from_dict({"question": [b"a?"], "answer": [b"7"]}).to_parquet(tmp_path / "b.parquet")
-    with pytest.raises(SystemExit):
-        data.training_problems(config(dataset=str(tmp_path / "b.parquet")))
-    assert "row 1: the question is a bytes" in error_line(capsys)
+    assert "row 1: the question is a bytes" in refusal(load, tmp_path / "b.parquet")
 
 
 @pytest.mark.parametrize("name", ["rows[1].jsonl", "rows[1].parquet", "rows*?.json", "saved[1]", "folder[1]"])
 def test_a_path_is_a_path_and_no_pattern(name, tmp_path):
-    import datasets
-
     (tmp_path / "rows1.jsonl").write_text('{"question": "FROM ANOTHER FILE", "answer": "99"}\n')
     rows = datasets.Dataset.from_list([{"question": "1+1?", "answer": "2"}])
     path = tmp_path / name
@@ -392,6 +313,6 @@ def test_a_path_is_a_path_and_no_pattern(name, tmp_path):
     else:
         path.mkdir()
         write(path / "train.jsonl", list(rows))
-    for problems in (data.load_problems(config(dataset=str(path), eval_rows=0))[0],
-                     data.load_problems(config(eval_dataset=str(path), splits="train,train"))[1]):  # fmt: skip
-        assert [problem["question"] for problem in problems] == ["1+1?"]
+    train, _ = load(path)
+    _, held = load("arithmetic", eval_rows=9, eval_dataset=str(path), splits="train,train")
+    assert [problem["question"] for problem in train + held] == ["1+1?", "1+1?"]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, call, error_line, lines, needs_peft, rollout_of, score
+import transformers
+from helpers import ROOT, SCRIPTS, call, grpo_update, lines, naive_score, needs_peft, rollout_of, score
+from safetensors.torch import load_file, save_file
 
 import common
 import grpo
@@ -89,8 +91,6 @@ REFUSED = {
 
 def random_model(family):
     """A random model of the family, for the tiny task's tokenizer, without dropout."""
-    import transformers
-
     tokenizer = tiny.new_tokenizer()
     ids = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
@@ -157,26 +157,16 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
     logprobs, entropy = score(model, r, 0.8)
     torch.testing.assert_close(logprobs, r.logprobs, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(entropy, r.entropy, atol=2e-4, rtol=1e-4)
-
-    full = model(torch.cat([r.prompt_ids[4], r.completion_ids[4]])[None]).logits[0].detach()  # the model's own logits
-    P = len(prompts[1])
-    n = int(r.mask[4].sum())
-    log_p = (full[P - 1 : P - 1 + n] / 0.8).log_softmax(-1)
-    expected = log_p.gather(1, r.completion_ids[4, :n, None]).squeeze(1)
-    torch.testing.assert_close(r.logprobs[4, :n], expected, atol=2e-4, rtol=1e-4)
+    with torch.no_grad():
+        expected, _ = naive_score(model, r, 0.8)
+    torch.testing.assert_close(r.logprobs, expected, atol=2e-4, rtol=1e-4)
 
     r.rewards = (torch.arange(12) % 2).float()
-    A = grpo.advantages(r.rewards, r.group)
     trainer = Trainer(cfg, model, tokenizer, [], base_name=folder)
     before = [p.detach().clone() for p in model.parameters()]
-    for minibatch in trainer.minibatches(r, "token", A):
-        for batch in minibatch:
-            ratio = (batch.logprobs - batch.old_logprobs).exp()
-            per_token = grpo.loss(ratio, A[batch.rows], batch.mask)
-            (per_token * batch.loss_weights).sum().backward()
-            trainer.record(batch, per_token)
-        trainer.optimizer_step()
-    assert trainer.metrics_of_update()["grad_norm"] > 0 and trainer.metrics_of_update()["skipped_updates"] == 0
+    grpo_update(trainer, r, grpo.advantages(r.rewards, r.group), "token")
+    metrics = trainer.metrics_of_update()
+    assert metrics["grad_norm"] > 0 and metrics["skipped_updates"] == 0
     moved = [p for p, b in zip(model.parameters(), before, strict=True) if not torch.equal(p, b)]
     assert moved and all(p.requires_grad for p in moved)
     tokenizer.save_pretrained(tmp_path / "b")
@@ -190,43 +180,23 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
     torch.testing.assert_close(again(r.completion_ids).logits, model(r.completion_ids).logits, atol=rounding, rtol=0)
 
 
-@pytest.mark.parametrize("family, name", [("Cohere", "logit_scale"), ("Granite", "logits_scaling"),
-                                          ("Gemma2", "final_logit_softcapping")])  # fmt: skip
-def test_what_a_family_does_behind_its_head_is_part_of_the_log_probs(family, name, tmp_path):
-    """With the factor the log-probs are those of the model's own logits; another factor gives others."""
-    model, tokenizer = load_model(checkpoint(family, tmp_path / "a"), torch.device("cpu"))
-    r = rollout_of(model, tokenizer, Q=1)
-    setattr(model.config, name, 1.5)
-    assert (score(model, r)[0] - r.logprobs).abs().max() > 1e-3
-
-
 def test_a_soft_cap_in_bf16_is_not_refused_for_its_rounding(tmp_path):
     model, _ = load_model(checkpoint("Gemma2", tmp_path / "a"), torch.device("cpu"), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
 
 
 def test_rope_that_depends_on_the_longest_row_is_used_up_to_where_it_begins():
-    from transformers import AutoModelForCausalLM, Phi3Config, Qwen3Config
-
     ids = dict(vocab_size=17, pad_token_id=0, bos_token_id=None, eos_token_id=1)
     longrope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=16, short_factor=[1.0] * 4,
                     long_factor=[1.5, 4.0, 16.0, 64.0])  # fmt: skip
     yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
-    assert (
-        max_positions(
-            AutoModelForCausalLM.from_config(
-                Phi3Config(**SMALL, **ids, original_max_position_embeddings=16, rope_parameters=longrope)
-            )
-        )
-        == 16
-    )
-    assert max_positions(AutoModelForCausalLM.from_config(Qwen3Config(**SMALL, **ids, rope_parameters=yarn))) == 64
+    phi = transformers.Phi3Config(**SMALL, **ids, original_max_position_embeddings=16, rope_parameters=longrope)
+    qwen = transformers.Qwen3Config(**SMALL, **ids, rope_parameters=yarn)
+    assert [max_positions(transformers.AutoModelForCausalLM.from_config(config)) for config in (phi, qwen)] == [16, 64]
 
 
 def damaged(folder, change):
     """A checkpoint whose weights change(name, tensor) gives new names to, or leaves out (None)."""
-    from safetensors.torch import load_file, save_file
-
     path = Path(checkpoint("Qwen3", folder)) / "model.safetensors"
     changed = [change(name, tensor) for name, tensor in load_file(path).items()]
     save_file(dict(pair for pair in changed if pair), path, metadata={"format": "pt"})
@@ -241,20 +211,24 @@ def damaged(folder, change):
     (lambda name, w: None if name == "lm_head.weight" else (name, w), "1 weights are missing: lm_head.weight"),
     (lambda name, w: (name, w.where(w != w.max(), torch.nan) if name == "lm_head.weight" else w), "not finite"),
 ])  # fmt: skip
-def test_weights_that_are_missing_or_not_finite_are_refused_by_name(change, told, tmp_path, capsys):
-    folder = damaged(tmp_path / "a", change)
-    with pytest.raises(SystemExit):
-        load_model(folder, torch.device("cpu"))
-    assert told in error_line(capsys)
+def test_weights_that_are_missing_or_not_finite_are_refused_by_name(change, told, tmp_path, refusal):
+    assert told in refusal(load_model, damaged(tmp_path / "a", change), torch.device("cpu"))
 
 
-def test_a_checkpoint_without_tokenizer_is_refused(tmp_path, capsys):
+def test_files_that_cannot_be_used_are_refused(tmp_path, refusal):
+    """Weights that are none, pickled weights, no tokenizer."""
     folder = Path(checkpoint("Qwen3", tmp_path / "a"))
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    whole = weights.read_bytes()
+    weights.write_bytes(b"not weights")
+    assert "--model" in refusal(load_model, str(folder), torch.device("cpu"))
+    weights.unlink()
+    assert "safetensors" in refusal(load_model, str(folder), torch.device("cpu"))
+    weights.write_bytes(whole)
     for path in folder.glob("*token*"):
         path.unlink()
-    with pytest.raises(SystemExit):
-        load_model(str(folder), torch.device("cpu"))
-    assert "tokenizer" in error_line(capsys)
+    assert "tokenizer" in refusal(load_model, str(folder), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -267,26 +241,14 @@ def test_a_model_that_does_more_behind_its_head_is_refused(dtype, loaded):
         check_logprobs(model)
 
 
-def test_no_end_token_is_refused(tmp_path, capsys):
-    model, tokenizer = load_model(checkpoint("Qwen3", tmp_path / "a"), torch.device("cpu"))
-    assert stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
+def test_no_end_token_is_refused(loaded, refusal):
+    model, tokenizer = loaded
     model.generation_config.eos_token_id = [5, 6]
     assert stop_ids(model, tokenizer) == sorted({5, 6, tokenizer.eos_token_id})
-    tokenizer.eos_token, model.generation_config.eos_token_id = None, None
-    with pytest.raises(SystemExit):
-        stop_ids(model, tokenizer)
-    assert "end-of-sequence" in error_line(capsys)
-
-
-def test_pickled_weights_are_refused(tmp_path, capsys):
-    folder = Path(checkpoint("Qwen3", tmp_path / "a"))
-    from safetensors.torch import load_file
-
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(SystemExit):
-        load_model(str(folder), torch.device("cpu"))
-    assert "safetensors" in error_line(capsys)
+    model.generation_config.eos_token_id = None
+    assert stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    tokenizer.eos_token = None
+    assert "end-of-sequence" in refusal(stop_ids, model, tokenizer)
 
 
 @pytest.mark.slow

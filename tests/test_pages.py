@@ -14,11 +14,6 @@ from harness.options import parse
 sys.path.insert(0, str(ROOT / "docs"))
 import build
 
-SECTIONS = [
-    "The idea", "The equations", "The diff against grpo.py", "Options", "Metrics", "Details that the paper leaves out",
-    "Results", "What to look at", "First three sweeps",
-]  # fmt: skip
-
 
 def text_of(method):
     return (ROOT / "docs" / f"{method}.md").read_text()
@@ -28,14 +23,6 @@ def text_of(method):
 def test_a_page_quotes_the_code_as_it_is(method):
     text = text_of(method)
     assert text == build.page(text, method), "stale: run python docs/build.py"
-
-
-@pytest.mark.parametrize("method", build.METHODS)
-def test_a_page_is_short_and_has_all_sections_in_order(method):
-    text = text_of(method)
-    assert len(text.splitlines()) <= 220
-    expected = ["The loop" if method == "grpo" and "diff" in name else name for name in SECTIONS]
-    assert re.findall(r"^## (.*)", text, re.MULTILINE) == expected
 
 
 @pytest.mark.parametrize("method", build.METHODS)
@@ -80,18 +67,15 @@ def test_the_diff_has_every_line_of_code_that_a_function_adds_or_removes():
 
 
 def notebook():
-    nbformat = pytest.importorskip("nbformat")
-    return nbformat.read(ROOT / "docs" / "first_run.ipynb", as_version=4)
+    return pytest.importorskip("nbformat").read(ROOT / "docs" / "first_run.ipynb", as_version=4)
 
 
-def test_the_notebook_is_short_and_was_run_from_top_to_bottom():
-    cells = notebook().cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    assert len(cells) <= 15
+def test_the_notebook_was_run_from_top_to_bottom():
+    code = [cell for cell in notebook().cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert not re.search(r"/(home|root|tmp|Users)/", "".join(output.get("text", "") for output in outputs))
 
 

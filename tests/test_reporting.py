@@ -19,24 +19,18 @@ def test_pass_at_k_counts_the_draws_with_a_right_one():
         assert reporting.pass_at_k(n, n_right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
-def test_an_evaluation_holds_the_means_of_its_problems(loaded):
+def test_an_evaluation_holds_the_means_of_its_problems_and_the_length_of_the_samples(loaded):
     greedy = rollout_of(*loaded, Q=3, G=1)
     sampled = rollout_of(*loaded, Q=3, G=4)
     greedy.rewards = torch.tensor([1.0, 0, 1])
     sampled.rewards = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+    sampled.finished = torch.tensor([True] * 9 + [False] * 3)
     result = reporting.evaluate(greedy, sampled, 4)
     assert result["greedy"] == pytest.approx(2 / 3) and result["mean@4"] == pytest.approx(0.5)
     assert [result[f"pass@{k}"] for k in (1, 2, 4)] == pytest.approx([0.5, (5 / 6 + 0 + 1) / 3, 2 / 3])
     assert "pass@8" not in result
     low, high = result["mean@4_ci"]
     assert 0 <= low < 0.5 < high <= 1
-
-
-def test_length_and_truncation_are_those_of_the_samples(loaded):
-    greedy = rollout_of(*loaded, Q=3, G=1)
-    sampled = rollout_of(*loaded, Q=3, G=4)
-    sampled.finished = torch.tensor([True] * 9 + [False] * 3)
-    result = reporting.evaluate(greedy, sampled, 4)
     assert result["truncated"] == pytest.approx(0.25)
     assert result["length"] == pytest.approx(float(sampled.mask.sum() / 12))
     assert result["length"] != pytest.approx(float(greedy.mask.sum() / 3)) and 1 < result["length"] <= T
@@ -50,18 +44,18 @@ def test_bootstrap_intervals_have_the_width_of_normal_ones_and_are_seeded():
     assert (low, high) == pytest.approx((0.21, 0.28756), abs=1e-5)  # as in all tables of results so far
 
 
-def test_progress_is_a_bar_that_goes_away_and_plain_lines_where_there_is_no_terminal(loaded, monkeypatch):
-    for on_terminal in (True, False):
-        stderr = io.StringIO()
-        monkeypatch.setattr(stderr, "isatty", lambda on_terminal=on_terminal: on_terminal, raising=False)
-        monkeypatch.setattr(sys, "stderr", stderr)
-        clock = itertools.count(0, 40)
-        monkeypatch.setattr(tqdm.std, "time", lambda clock=clock: next(clock))  # each look at it is 40 seconds later
-        with reporting.token_bar("evaluation", loaded[0]):
-            rollout_of(*loaded)
-        text = stderr.getvalue()
-        assert "evaluation" in text and "tokens" in text
-        assert ("\r" in text) == on_terminal
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_progress_is_a_bar_that_goes_away_or_plain_lines_where_there_is_no_terminal(on_terminal, loaded, monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: on_terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(tqdm.std, "time", lambda: next(clock))  # each look at it is 40 seconds later
+    with reporting.token_bar("evaluation", loaded[0]):
+        rollout_of(*loaded)
+    text = stderr.getvalue()
+    assert "evaluation" in text and "tokens" in text
+    assert ("\r" in text) == on_terminal
 
 
 def test_a_quick_block_shows_no_progress(loaded, capsys):

@@ -19,12 +19,9 @@ class Share:
     value: float
 
 def length(completion, row):
+    assert row["level"] in (1, 2) and row["question"].endswith("?") and row["tags"] == ["a", "b"]
     row["answer"] = None
     return Share(len(completion) / beside.LONGEST).value
-
-def sees_the_row(completion, row):
-    assert row["level"] in (1, 2) and row["question"].endswith("?") and row["tags"] == ["a", "b"]
-    return row["level"] / 2
 
 def raises(completion, row):
     return 1 / len(row["nothing"])
@@ -70,33 +67,11 @@ def test_every_script_trains_on_a_reward_of_ones_own(name, small, own, tmp_path,
     call(monkeypatch, name, *flags)
     rewards_seen = {record["reward"] for record in lines(tmp_path / "r" / "completions.jsonl")}
     assert all(0 < reward <= 1 for reward in rewards_seen) and len(rewards_seen) > 1
-    assert json.loads((tmp_path / "r" / "config.json").read_text())["reward"] == f"{own}/mine.py:length"
+    if name in ("grpo", "dapo", "egsw"):  # the two others know right and wrong alone
+        assert all(row["grad_norm"] > 0 for row in lines(tmp_path / "r" / "metrics.jsonl"))
     evaluations = json.loads((tmp_path / "r" / "eval.json").read_text())
     assert all(0 < result["reward"] <= 1 for result in evaluations)
     assert all("row" not in record for record in lines(tmp_path / "r" / "completions.jsonl"))
-
-
-@pytest.mark.parametrize("name", ["grpo", "dapo", "egsw"])
-def test_real_valued_rewards_have_a_gradient(name, small, own, tmp_path, monkeypatch):
-    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:length", "--name", "r", "--steps", 1)
-    call(monkeypatch, name, *flags)
-    assert lines(tmp_path / "r" / "metrics.jsonl")[0]["grad_norm"] > 0
-
-
-def test_the_function_sees_the_row_with_all_its_columns(small, own, tmp_path, monkeypatch):
-    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:sees_the_row", "--name", "r")
-    call(monkeypatch, "grpo", *flags)
-    assert {record["reward"] for record in lines(tmp_path / "r" / "completions.jsonl")} <= {0.5, 1.0}
-
-
-@pytest.mark.slow
-def test_resume_and_eval_only_use_the_stored_reward(small, own, tmp_path, monkeypatch):
-    flags = small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:length", "--name", "r")
-    call(monkeypatch, "grpo", *flags)
-    call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"), "--steps", "3")
-    assert [0 < step["reward"] < 1 for step in lines(tmp_path / "r" / "metrics.jsonl")] == [True] * 3
-    call(monkeypatch, "grpo", "--resume", str(tmp_path / "r"), "--eval-only")
-    assert "reward" in json.loads((tmp_path / "r" / "eval.json").read_text())[-1]
 
 
 @pytest.mark.parametrize("value, told", [
@@ -106,8 +81,7 @@ def test_resume_and_eval_only_use_the_stored_reward(small, own, tmp_path, monkey
     ("{own}/mine.py:constant", "no function constant"),
 ])  # fmt: skip
 def test_a_reward_that_does_not_exist_is_refused(value, told, small, own, tmp_path, monkeypatch, capsys):
-    flags = small("--dataset", own / "rows.jsonl", "--reward", value.format(own=own))
-    message = refused(monkeypatch, capsys, tmp_path, *flags)
+    message = refused(monkeypatch, capsys, tmp_path, *small("--reward", value.format(own=own)))
     assert "--reward" in message and told in message
 
 
@@ -120,36 +94,29 @@ def test_a_file_that_cannot_be_imported_is_refused_with_its_traceback(small, own
     assert below[0].startswith("Traceback") and not list(tmp_path.glob("grpo-*"))
 
 
-@pytest.mark.parametrize("function, told", [
-    ("raises", "KeyError: 'nothing'"), ("nan", "returned nan"), ("text", "returned '1.0'"),
-    ("nothing", "returned None"), ("leaves", "SystemExit: 0"), ("too_large", "returned 1e+39"),
-    ("huge", "returned 1000"),
-])  # fmt: skip
-def test_a_function_that_fails_ends_the_run_with_one_line(function, told, small, own, tmp_path, monkeypatch, capsys):
-    call(
-        monkeypatch, "grpo", *small("--dataset", own / "rows.jsonl", "--reward", f"{own}/mine.py:length", "--name", "r")
-    )
+def test_a_function_that_fails_ends_the_run_with_one_line_and_loses_nothing(small, own, tmp_path, monkeypatch, capsys):
+    function = f"{own}/mine.py:length"
+    call(monkeypatch, "grpo", *small("--dataset", own / "rows.jsonl", "--reward", function, "--name", "r"))
+    resume = ("--resume", str(tmp_path / "r"))
+    call(monkeypatch, "grpo", *resume, "--steps", "3")  # with the reward that the run has stored
+    assert [0 < step["reward"] < 1 for step in lines(tmp_path / "r" / "metrics.jsonl")] == [True] * 3
+    call(monkeypatch, "grpo", *resume, "--eval-only")
+    assert "reward" in json.loads((tmp_path / "r" / "eval.json").read_text())[-1]
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(
-            monkeypatch,
-            "grpo",
-            "--resume",
-            str(tmp_path / "r"),
-            "--steps",
-            "3",
-            "--reward",
-            f"{own}/mine.py:{function}",
-        )
-    first, *below = capsys.readouterr().err.strip().partition("error: ")[2].splitlines()
-    assert stop.value.code == 2
-    assert f"mine.py:{function}" in first and told in first and "given the completion '" in first
-    assert f"--resume {tmp_path / 'r'}" in first
-    assert (f"in {function}" in "".join(below)) == (function in ("raises", "leaves"))  # the user's code
-    # Nothing is lost that was saved.
-    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
-    assert (tmp_path / "r" / "checkpoint-2" / "state.pt").exists()
+    for name, told in {
+        "raises": "KeyError: 'nothing'", "nan": "returned nan", "text": "returned '1.0'", "nothing": "returned None",
+        "leaves": "SystemExit: 0", "too_large": "returned 1e+39", "huge": "returned 1000",
+    }.items():  # fmt: skip
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(monkeypatch, "grpo", *resume, "--steps", "4", "--reward", f"{own}/mine.py:{name}")
+        first, *below = capsys.readouterr().err.strip().partition("error: ")[2].splitlines()
+        assert stop.value.code == 2
+        for part in (f"mine.py:{name}", told, "given the completion '", f"--resume {tmp_path / 'r'}"):
+            assert part in first
+        assert (f"in {name}" in "".join(below)) == (name in ("raises", "leaves"))  # the user's code
+        assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+        assert (tmp_path / "r" / "checkpoint-3" / "state.pt").exists()
 
 
 @pytest.mark.slow
@@ -200,9 +167,7 @@ def test_a_warning_is_given_once_also_after_resuming(small, tmp_path, monkeypatc
     call(monkeypatch, "grpo", *flags)
     call(monkeypatch, "grpo", "--resume", str(tmp_path / "w"), "--steps", "4")
     errors = capsys.readouterr().err
-    assert errors.count("warning: ") == errors.count("were cut off") + errors.count("readable") + errors.count(
-        "no group"
-    )
+    assert errors.count("warning: ") == sum(map(errors.count, ("were cut off", "readable", "no group")))
     assert errors.count("were cut off") == 1
     given = [[key for key in step if key == "warning/cut_off"] for step in lines(tmp_path / "w" / "metrics.jsonl")]
     assert given == [["warning/cut_off"], [], [], []]

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,20 +42,13 @@ def test_a_run_leaves_all_of_its_files(name, small, tmp_path):
     assert (folder / "model" / "model.safetensors").exists() and not list(folder.glob(".model*"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", "gtpo"])
-def test_same_seed_same_metrics_bit_for_bit(name, small, tmp_path, monkeypatch):
-    for run, seed in (("a", 3), ("b", 3), ("c", 4)):
-        call(monkeypatch, name, *small("--name", run, "--seed", seed))
-    a, b, c = ((tmp_path / run / "metrics.jsonl").read_bytes() for run in "abc")
-    assert a == b != c
-
-
-def test_metrics_do_not_depend_on_the_token_budget(small, tmp_path, monkeypatch):
-    for run, budget in (("a", 60), ("b", 10**6)):
-        call(monkeypatch, "gtpo", *small("--name", run, "--token-budget", budget))
-    for a, b in zip(*(lines(tmp_path / run / "metrics.jsonl") for run in "ab"), strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+def test_metrics_do_not_depend_on_the_token_budget_but_on_the_seed(small, tmp_path, monkeypatch):
+    for run, budget, seed in (("a", 60, 3), ("b", 10**6, 3), ("c", 10**6, 4)):
+        call(monkeypatch, "gtpo", *small("--name", run, "--token-budget", budget, "--seed", seed))
+    a, b, c = (lines(tmp_path / run / "metrics.jsonl") for run in "abc")
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert b != c
 
 
 @pytest.mark.parametrize("name", ["grpo", "egsw"])
@@ -76,26 +68,20 @@ def test_dapo_replaces_groups_without_information(small, tmp_path, monkeypatch):
 # --- what is refused: one line, status 2, nothing written -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "option, value",
-    [
+@pytest.mark.parametrize("name, option, value", [
+    *(("egsw", option, value) for option, value in [
         ("--group-size", 1), ("--temperature", 0), ("--temperature", "nan"), ("--weight-temperature", 0),
         ("--steps", -1), ("--lr", -1), ("--clip-low", 0), ("--n-prompts", 0), ("--reduction", "median"),
-        ("--alpha", "x"), ("--colour", 1), ("--seed", -1), ("--seed", 2**63),
-        ("--dataset", "no-such-data"), ("--model", "no/such/folder/at all"), ("--max-new-tokens", 5000),
-        ("--name", "a/b"), ("--name", ".."), ("--name", "x" * 300),
-    ],
-)  # fmt: skip
-def test_wrong_options_are_refused(option, value, small, tmp_path, monkeypatch, capsys):
-    options = small(option, value)
-    assert option in refused(monkeypatch, capsys, tmp_path, *options)
-
-
-@pytest.mark.parametrize("name, option, value", [
+        ("--alpha", "x"), ("--colour", 1), ("--seed", -1), ("--seed", 2**63), ("--max-new-tokens", 5000),
+        ("--dataset", "no-such-data"), ("--model", "no/such/folder/at all"),
+        ("--name", "a/b"), ("--name", ".."), ("--name", "x" * 300), ("--name", "mine"),
+        ("--out", __file__), ("--out", __file__ + "/below"),
+    ]),
     ("gtpo", "--overlong-gamma", 1.5), ("gtpo", "--overlong-gamma", 0.5), ("dapo", "--overlong-cache", 1.1),
     ("dapo", "--kl-coef", 0.1), ("gtpo", "--kl-coef", 0.1), ("grpo_s", "--kl-coef", 0.1),
 ])  # fmt: skip
-def test_wrong_options_of_a_method_are_refused(name, option, value, small, tmp_path, monkeypatch, capsys):
+def test_wrong_options_are_refused(name, option, value, small, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()  # a run that is not overwritten
     assert option in refused(monkeypatch, capsys, tmp_path, *small(option, value), name=name)
 
 
@@ -103,32 +89,13 @@ def test_an_evaluation_of_nothing_is_refused(small, tmp_path, monkeypatch, capsy
     assert "--eval-rows" in refused(monkeypatch, capsys, tmp_path, *small("--eval-only", "--eval-rows", 0))
 
 
-def test_an_existing_run_is_not_overwritten(small, tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine").mkdir()
-    assert "--name mine" in refused(monkeypatch, capsys, tmp_path, *small("--name", "mine"))
-
-
-def test_an_unusable_run_directory_is_refused(small, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    assert "--out" in refused(monkeypatch, capsys, tmp_path, *small("--out", tmp_path / "file"))
-    assert "--out" in refused(monkeypatch, capsys, tmp_path, *small("--out", tmp_path / "file" / "below"))
-
-
-def test_a_damaged_checkpoint_is_refused(small, toy, tmp_path, monkeypatch, capsys):
-    bad, out = tmp_path / "bad", tmp_path / "out"
-    shutil.copytree(toy, bad)
-    (bad / "model.safetensors").write_bytes(b"not weights")
-    out.mkdir()
-    assert "--model" in refused(monkeypatch, capsys, out, *small("--model", bad, "--out", out))
-
-
-@pytest.mark.parametrize("row", ['{"question": "1+1?"}', '{"answer": "2"}', "[1]", "not json"])
-def test_a_row_without_question_or_answer_is_refused(row, small, tmp_path, monkeypatch, capsys):
-    data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    data.write_text('{"question": "1+2?", "answer": "3"}\n' + row + "\n")
-    out.mkdir()
-    message = refused(monkeypatch, capsys, out, *small("--out", out, "--dataset", data))
-    assert "--dataset" in message and ("line 2" in message or "row 2" in message)
+def wait_for_steps(metrics, n, look=lambda: None):
+    """Waits until a run has written n steps. look() is called again and again meanwhile."""
+    for _ in range(600):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= n:
+            return
+        time.sleep(0.1)
+        look()
 
 
 @pytest.mark.slow
@@ -136,10 +103,7 @@ def test_ctrl_c_keeps_metrics_and_model(small, tmp_path):
     command = [sys.executable, ROOT / "grpo.py", *small("--name", "long", "--steps", 10000)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "long" / "metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and len(metrics.read_text().splitlines()) > 2:
-            break
-        time.sleep(0.1)
+    wait_for_steps(metrics, 3)
     os.kill(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in error
@@ -148,18 +112,13 @@ def test_ctrl_c_keeps_metrics_and_model(small, tmp_path):
     assert (tmp_path / "long" / f"checkpoint-{steps[-1]}" / "model.safetensors").exists()
 
 
-def environment(**variables):
-    return {**os.environ, **variables}
-
-
 @pytest.mark.slow
 def test_prints_survive_a_closed_pipe_and_a_terminal_without_unicode(small, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "答案是四"}\n' * 2)
     command = [sys.executable, "-u", ROOT / "grpo.py", *small("--dataset", data, "--eval-rows", 0, "--name", "r")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(PYTHONIOENCODING="ascii")
-    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert b"dropped" in process.stdout.readline()
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read() and process.wait(60) == 0
@@ -177,12 +136,12 @@ def test_a_closed_terminal_saves_and_ends_the_run(small, tmp_path):
         os.execv(sys.executable, command)
     metrics = tmp_path / "r" / "metrics.jsonl"
     os.set_blocking(terminal, False)
-    for _ in range(600):
-        if metrics.exists() and metrics.read_text():
-            break
-        time.sleep(0.1)
+
+    def read_what_it_prints():
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 100_000)
+
+    wait_for_steps(metrics, 1, read_what_it_prints)
     os.close(terminal)  # the kernel sends SIGHUP, and writing to the terminal is an error from now on
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 129

@@ -78,20 +78,22 @@ def fresh_worker():
 @pytest.fixture
 def fake_library(tmp_path, monkeypatch, fresh_worker):
     """A math-verify that prints, hangs, crashes or takes memory on command. To it, all other answers are equal."""
-    package = tmp_path / "math_verify"
-    package.mkdir()
-    (package / "parser.py").write_text("def NormalizationConfig(**options): pass\n")
-    (package / "grader.py").write_text("def sympy_numeric_eq(a, b, *digits): pass\n")
-    (package / "__init__.py").write_text(
-        "import mmap, os, time\n"
-        "def LatexExtractionConfig(*args, **options): pass\n"
-        "def verify(gold, target, **options): return True\n"
-        "def parse(text, *args, **options):\n"
-        "    if 'print' in text: print('wrong', flush=True)\n"
-        "    if 'hang' in text: time.sleep(100)\n"
-        "    if 'crash' in text: os._exit(3)\n"
-        "    if 'memory' in text: mmap.mmap(-1, 2 << 30)\n"
-        "    return [text]\n"
+    for package, code in {
+        "math_verify": "def verify(*args, **options): return True\n",
+        "latex2sympy2_extended": "",
+    }.items():
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(code)
+    (tmp_path / "math_verify" / "grader.py").write_text("def sympy_numeric_eq(a, b, *digits): pass\n")
+    (tmp_path / "latex2sympy2_extended" / "latex2sympy2.py").write_text(
+        "import os\n"
+        "def latex2sympy(text, **options):\n"
+        "    if 'sinh' in text: print('wrong', flush=True)\n"
+        "    if 'cosh' in text:\n"
+        "        while True: pass\n"
+        "    if 'tanh' in text: os._exit(3)\n"
+        "    if 'cot' in text: bytearray(2 << 30)\n"
+        "    return text\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -114,7 +116,7 @@ def test_verdicts_agree_with_the_labels():
             wrong.append((case["reason"], case["completion"][:80], case["answer"], reward))
     false_positives = [w for w in wrong if w[3] == 1]
     assert not false_positives
-    assert len(wrong) <= 0.02 * len(CASES), wrong
+    assert len(wrong) <= 0.015 * len(CASES), wrong
 
 
 @needs_math_verify
@@ -241,6 +243,55 @@ def test_numbers_are_compared_without_tolerance():
     assert math_reward(r"\boxed{0.100}", r"\frac{1}{10}") == 1.0
 
 
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("answer", "gold", "reward"),
+    [
+        # A value: a number, a fraction, a root, a power, a logarithm, a constant ...
+        ("87", "87", 1), ("174/2", "87", 1), (r"\sqrt{7569}", "87", 1), ("2^{10}", "1024", 1), (r"\log_2 8", "3", 1),
+        # ... scientific notation, powers of primes, and a sum or product of different kinds of values.
+        (r"1.5 \times 10^{4}", "15000", 1), (r"2^3 \cdot 3^2", "72", 1), (r"1 + 2\sqrt{3}", r"2\sqrt{3} + 1", 1),
+        # A calculation joins two rational numbers, or any two if the gold is rational.
+        ("12*7+3", "87", 0), ("80+7", "87", 0), (r"29 \cdot 3", "87", 0), ("3(29)", "87", 0), ("348/2/2", "87", 0),
+        (r"\frac{80+7}{1}", "87", 0), ("2^{5+5}", "1024", 0), (r"\sqrt{2}\sqrt{8}", "4", 0), ("4!", "24", 0),
+        (r"2 \cdot 3\sqrt{2}", r"6\sqrt{2}", 0), (r"\binom{6}{2}", "15", 0), (r"4^2 \cdot 3^2", "144", 0),
+        # If the gold is a calculation, the answer can be one. Variables make an expression of it.
+        (r"2 \cdot 2^{63} - 1", "2^{64} - 1", 1), ("2x + 3x + 1 + 1", "5x + 2", 1),
+        # The sides before the last one can be calculations.
+        ("12*7+3 = 87", "87", 1), ("12*7+3 = 86 = 87", "87", 0),
+    ],
+)  # fmt: skip
+def test_an_answer_is_a_value_and_not_a_calculation_left_to_the_grader(answer, gold, reward):
+    assert math_reward(rf"\boxed{{{answer}}}", gold) == reward
+
+
+@pytest.mark.parametrize(
+    "statement", [r"\boxed{5}", "#### 5", "The answer is 5.", "so 2 + 3 = 5", "<answer>5</answer>"]
+)
+def test_an_answer_counts_only_after_the_thinking_has_ended(statement):
+    assert math_reward(statement, "5") == 1.0
+    assert math_reward(f"<think>2 + 3</think>{statement}", "5") == 1.0
+    assert math_reward(f"2 + 3</think>{statement}", "5") == 1.0  # the prompt ends with <think>
+    assert math_reward(f"{statement}</think>", "5") == 0.0
+    assert math_reward(f"<think>{statement}", "5") == 0.0  # cut off
+    assert math_reward(f"{statement}<think>but", "5") == 0.0
+    assert math_reward(f"<think>2 + 3</think>so<think>{statement}", "5") == 0.0
+
+
+@needs_math_verify
+@pytest.mark.slow
+def test_no_size_of_an_answer_takes_long():
+    x, root = r"\sin(" * 24 + "x" + ")" * 24, r"\sqrt{1+" * 24 + "2" + "}" * 24
+    huge = ["2^{9999}+\\pi", "(9^{99})^{99}", "2499!", "x^{99}" * 80, r"\sin " * 100 + "x", "e^{" * 12 + "x" + "}" * 12]
+    huge += [r"\cosh(" * 20 + "x" + ")" * 20, "x" + "!" * 100, "(x+1)^{400}", "9" * 599, r"\binom{2400}{1200}", x, root]
+    huge += ["+".join(rf"\sqrt{{{n}}}" for n in range(50)), ",".join(rf"\sqrt{{x+{n}}}" for n in range(16))]
+    huge += ["is " * 190 + "5", r"\text{" + "the " * 140 + "}", "5" + " apples" * 80, "|x" * 50 + "|" * 50, "is " * 190]
+    code = "import json, sys, verifier; print([verifier.grade(text, gold)[0] for text, gold in json.load(sys.stdin)])"
+    pairs = [(rf"\boxed{{{answer}}}", answer + end) for end in ("", "+1") for answer in huge]
+    rewards = json.loads(run_python(code, stdin=json.dumps(pairs)))
+    assert not any(rewards[len(huge) :])
+
+
 def test_plain_numbers_and_words_do_not_start_a_worker(fresh_worker):
     golds = ["7", "-1,000", r"\frac{3}{4}", "2 1/2", "15%", r"5 \text{ cents}", "52_8", "Tuesday", r"\text{(C)}"]
     for gold in golds:
@@ -341,40 +392,40 @@ def test_a_killed_worker_is_replaced(fresh_worker):
     first = verifier.worker.pid
     os.kill(first, signal.SIGKILL)
     assert dies(first)
-    assert math_reward(r"\boxed{y+y}", "2y") == 1.0
+    assert math_reward(r"\boxed{y+2y}", "3y") == 1.0
     assert verifier.worker.pid != first
 
 
 @needs_posix
 def test_reset_stops_the_process_and_forgets_the_verdicts(fake_library):
-    assert grade(r"\boxed{x+y}", "x+y+z") == (1.0, "correct")
+    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
     first = verifier.worker.pid
     verifier.worker.reset()
     assert verifier.worker.pid is None and not alive(first)
-    assert grade(r"\boxed{x+y}", "x+y+z") == (1.0, "correct")
+    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
     assert verifier.worker.pid not in (None, first)
 
 
 def test_what_the_library_prints_is_not_taken_for_a_verdict(fake_library):
-    assert grade(r"\boxed{x+print}", "x+y+z") == (1.0, "correct")
+    assert grade(r"\boxed{\sinh x}", "x+1") == (1.0, "correct")
 
 
 def test_a_hanging_worker_is_killed_and_the_next_answer_is_not_mixed_up(fake_library, monkeypatch):
-    monkeypatch.setattr(verifier, "JOB_SECONDS", 0.5)
-    assert grade(r"\boxed{x+hang}", "x+y+z") == (0.0, "timeout")
-    monkeypatch.setattr(verifier, "JOB_SECONDS", GUARD_SECONDS)
-    assert grade(r"\boxed{x+y}", "x+y+z") == (1.0, "correct")
+    monkeypatch.setattr(verifier, "WALL_SECONDS", 5.0)
+    assert grade(r"\boxed{\cosh x}", "x+1") == (0.0, "timeout")
+    monkeypatch.setattr(verifier, "WALL_SECONDS", GUARD_SECONDS)
+    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
 
 
 def test_a_crash_counts_as_timeout_and_the_next_call_works(fake_library):
-    assert grade(r"\boxed{x+crash}", "x+y+z") == (0.0, "timeout")
-    assert grade(r"\boxed{x+y}", "x+y+z") == (1.0, "correct")
+    assert grade(r"\boxed{\tanh x}", "x+1") == (0.0, "timeout")
+    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux enforces RLIMIT_AS")
 def test_the_worker_cannot_take_more_memory_than_its_limit(fake_library):
-    assert grade(r"\boxed{x+memory}", "x+y+z") == (0.0, "timeout")
-    assert grade(r"\boxed{x+y}", "x+y+z") == (1.0, "correct")
+    assert grade(r"\boxed{\cot x}", "x+1") == (0.0, "timeout")
+    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
 
 
 def test_without_math_verify_equal_text_counts_and_one_line_warns(tmp_path, monkeypatch, fresh_worker, caplog):
@@ -414,22 +465,21 @@ def test_no_worker_is_left_after_a_normal_exit():
 def test_a_forked_child_starts_its_own_worker_and_leaves_the_parents_alone():
     code = """
 import os, signal, threading, time, verifier
-verifier.JOB_SECONDS = 60
 assert verifier.math_reward("\\\\boxed{x+x}", "2x") == 1.0
 parents = verifier.worker.pid
 os.kill(parents, signal.SIGSTOP)  # now a thread has to wait for its verdict, and holds the lock
-thread = threading.Thread(target=verifier.math_reward, args=("\\\\boxed{z+z}", "2z"))
+thread = threading.Thread(target=verifier.math_reward, args=("\\\\boxed{z+5z}", "6z"))
 thread.start()
 time.sleep(0.5)
 child = os.fork()
 if child == 0:
     signal.alarm(50)
-    fine = verifier.math_reward("\\\\boxed{y+y}", "2y") == 1.0 and verifier.worker.pid != parents
+    fine = verifier.math_reward("\\\\boxed{y+2y}", "3y") == 1.0 and verifier.worker.pid != parents
     os._exit(0 if fine else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 os.kill(parents, signal.SIGCONT)
 thread.join()
-assert verifier.math_reward("\\\\boxed{u+u}", "2u") == 1.0 and verifier.worker.pid == parents
+assert verifier.math_reward("\\\\boxed{u+4u}", "5u") == 1.0 and verifier.worker.pid == parents
 """
     run_python(code)
 
@@ -438,11 +488,11 @@ assert verifier.math_reward("\\\\boxed{u+u}", "2u") == 1.0 and verifier.worker.p
 @needs_posix
 @needs_math_verify
 def test_an_interrupted_job_does_not_answer_the_next_one(fresh_worker, monkeypatch):
-    monkeypatch.setattr(verifier, "JOB_SECONDS", GUARD_SECONDS)
+    monkeypatch.setattr(verifier, "WALL_SECONDS", GUARD_SECONDS)
     assert math_reward(r"\boxed{x+x}", "2x") == 1.0
     os.kill(verifier.worker.pid, signal.SIGSTOP)  # the reply does not come, so the interrupt comes first
     with pytest.raises(KeyboardInterrupt):
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        grade(r"\boxed{y+y}", "2y")
+        grade(r"\boxed{y+2y}", "3y")
     assert grade(r"\boxed{z+z+z}", "2z") == (0.0, "wrong")
-    assert grade(r"\boxed{y+y}", "2y") == (1.0, "correct")
+    assert grade(r"\boxed{y+2y}", "3y") == (1.0, "correct")
