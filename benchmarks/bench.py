@@ -85,7 +85,7 @@ def bench_rollout(base: str, runs: int) -> list[dict]:
 
 def bench_model(folder: str, dataset: str, runs: int) -> list[dict]:
     """The same with a real model on 8 x 8 rows of at most 96 tokens; first with its stop token, and then without."""
-    _, tokenizer = load(folder, ours=True)
+    _, tokenizer = load(folder)
     rows = [json.loads(line) for line in Path(dataset).read_text().splitlines()[:8]]
     problems = [{"question": row["question"], "answer": verifier.gold_answer(row["answer"])} for row in rows]
     chats = [[{"role": "user", "content": p["question"]}] for p in problems]
@@ -103,9 +103,9 @@ def sampling_rows(title, base, problems, prompts, group_size, max_tokens, stops,
     """A row of common.sample against generate with each kind of cache. stops: whether EOS ends a completion."""
     from transformers import GenerationConfig
 
-    our_model, tokenizer = load(base)
-    their_model, _ = load(base)
+    model, tokenizer = load(base)
     eos = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = None  # generate would use it wherever the argument is None
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     seen: dict[str, list[tuple]] = {}
 
@@ -120,7 +120,7 @@ def sampling_rows(title, base, problems, prompts, group_size, max_tokens, stops,
     def ours() -> float:
         uniforms = torch.rand(len(prompts) * group_size, max_tokens)
         start = time.perf_counter()
-        r = common.sample(our_model, prompts, group_size, max_tokens, [eos] if stops else [], uniforms)
+        r = common.sample(model, prompts, group_size, max_tokens, [eos] if stops else [], uniforms)
         lengths = r.completion_lengths().int().tolist()
         return note("ours", [ids[:n] for ids, n in zip(r.completion_ids.tolist(), lengths, strict=True)], start)
 
@@ -131,7 +131,7 @@ def sampling_rows(title, base, problems, prompts, group_size, max_tokens, stops,
             num_return_sequences=group_size, disable_compile=True,
         )  # fmt: skip
         start = time.perf_counter()
-        rows = their_model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :].tolist()
+        rows = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :].tolist()
         ids = [row[: row.index(eos) + 1] if stops and eos in row else row for row in rows]
         return note(f"generate, {cache}", ids, start)
 

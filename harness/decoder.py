@@ -10,14 +10,16 @@ V vocabulary.
 import functools
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # How many logits (tokens x vocabulary) exist at a time. Large matrix products are faster, above all on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-# The key-value cache of `sample` gets memory for this many new tokens at a time.
-ROOM = 64
+# The key-value cache of `sample` gets memory for this many new tokens at a time. More costs a small model time, because
+# the system hands out new memory page by page.
+ROOM = 16
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
@@ -47,22 +49,26 @@ def growing_layer():
     copies all keys and values for every new token: a third of the time at 100 tokens, and more later."""
     from transformers.cache_utils import DynamicLayer
 
-    def with_room(tensor: Tensor, rows: Tensor) -> Tensor:
-        """A buffer that begins with tensor[rows]. [n, heads, tokens, d] -> [rows, heads, tokens + ROOM, d]"""
-        heads, tokens, d = tensor.shape[1:]
-        buffer = tensor.new_empty(len(rows), heads, tokens + ROOM, d)
-        torch.index_select(tensor, 0, rows, out=buffer[:, :, :tokens])  # copies no room
+    def with_room(tensor: Tensor) -> Tensor:
+        """A buffer that begins with this tensor. [n, heads, tokens, d] -> [n, heads, tokens + ROOM, d]"""
+        n, heads, tokens, d = tensor.shape
+        buffer = tensor.new_empty(n, heads, tokens + ROOM, d)
+        buffer[:, :, :tokens] = tensor
         return buffer
 
     class GrowingLayer(DynamicLayer):
+        key_buffer: Any = None  # Tensor, once it is needed
+        value_buffer: Any = None
+
         def update(self, key_states, value_states, *args, **options):
-            if not self.is_initialized:  # the prompts
+            if self.key_buffer is None:  # the next rows may be others, so it is too early for buffers
                 self.key_buffer, self.value_buffer = super().update(key_states, value_states)
                 return self.keys, self.values
             start = self.get_seq_length()
             end = start + key_states.shape[2]
             if end > self.key_buffer.shape[2]:
-                self.reorder_cache(torch.arange(len(key_states), device=key_states.device))
+                self.key_buffer = with_room(self.keys)  # type: ignore[arg-type]
+                self.value_buffer = with_room(self.values)  # type: ignore[arg-type]
             self.key_buffer[:, :, start:end] = key_states
             self.value_buffer[:, :, start:end] = value_states
             self.keys = self.key_buffer[:, :, :end]
@@ -70,12 +76,9 @@ def growing_layer():
             return self.keys, self.values
 
         def reorder_cache(self, beam_idx):
-            tokens = self.get_seq_length()
-            if tokens > 0:
-                self.key_buffer = with_room(self.keys, beam_idx)  # type: ignore[arg-type]
-                self.value_buffer = with_room(self.values, beam_idx)  # type: ignore[arg-type]
-                self.keys = self.key_buffer[:, :, :tokens]
-                self.values = self.value_buffer[:, :, :tokens]
+            super().reorder_cache(beam_idx)  # copies the tokens of these rows, without the room
+            self.key_buffer = None
+            self.value_buffer = None
 
     return GrowingLayer
 
