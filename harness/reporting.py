@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common import Rollout
 from harness import distributed, files
@@ -124,23 +123,23 @@ def guard_streams() -> None:
             ))  # fmt: skip
 
 
-class Lines(tqdm):
-    """Progress where there is no terminal: now and then a line, instead of one that is written again and again."""
+def progress_bar(label: str, unit: str, **options: Any) -> Any:
+    """A bar of tqdm on stderr, in process 0. Where there is no terminal: now and then a line, instead of one that is
+    written again and again."""
+    from tqdm import tqdm  # not above: a method's functions can be imported without it
 
-    @staticmethod
-    def status_printer(file):
-        def write(text: str) -> None:
-            if text.strip():
-                print(text.strip(), file=file, flush=True)
+    class Lines(tqdm):
+        @staticmethod
+        def status_printer(file):
+            def write(text: str) -> None:
+                if text.strip():
+                    print(text.strip(), file=file, flush=True)
 
-        return write
+            return write
 
-    def moveto(self, n: int) -> None:
-        pass
+        def moveto(self, n: int) -> None:
+            pass
 
-
-def progress_bar(label: str, unit: str, **options: Any) -> tqdm:
-    """A bar of tqdm on stderr, in process 0."""
     options |= dict(desc=label, unit=unit, disable=distributed.rank() > 0)
     if sys.stderr.isatty():
         return tqdm(**options)
