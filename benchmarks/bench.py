@@ -424,7 +424,9 @@ def main() -> None:
             print(f"{name}: {needed} is not installed (pip install -r requirements-dev.txt); not measured")
             continue
         rows += benches[name](base, args.runs)
-    Path(args.out).write_text(json.dumps({"machine": machine, "command": sys.argv[1:], "rows": rows}, indent=2) + "\n")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    about = f'"machine": {json.dumps(machine)},\n"command": {json.dumps(sys.argv[1:])}'
+    Path(args.out).write_text(f'{{{about},\n"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
