@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from helpers import error_line
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and then no run ends with its terminal
 
 from tasks import arithmetic
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, call, lines
 
 from harness import tiny
-from tasks import arithmetic, countdown
+from tasks import countdown
 
 ROW = {"question": "3 12 7=29?", "numbers": [3, 12, 7], "target": 29}
 
@@ -90,9 +90,7 @@ def test_choices_are_the_operators_and_the_numbers_of_the_question():
 def test_the_script_makes_base_and_data_and_prints_a_command_that_runs(tmp_path, monkeypatch, capsys):
     """With a warm start of one step: the real one takes a minute."""
     warm_start = tiny.warm_start
-    monkeypatch.setattr(
-        arithmetic, "warm_start", lambda *given, **options: warm_start(*given, **options | {"steps": 1})
-    )
+    monkeypatch.setattr(tiny, "warm_start", lambda *given, **options: warm_start(*given, **options | {"steps": 1}))
     monkeypatch.setattr(sys, "argv", ["countdown.py", "--out", str(tmp_path / "countdown")])
     monkeypatch.chdir(ROOT)
     runpy.run_path("tasks/countdown.py", run_name="__main__")
