@@ -9,9 +9,10 @@ import pytest
 from helpers import error_line
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and then no run ends with its terminal
 
 from tasks import arithmetic
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and then no run ends with its terminal
 
 
 @pytest.fixture(scope="session")
