@@ -209,6 +209,8 @@ def test_a_missing_or_damaged_package_is_one_line(tmp_path, monkeypatch, capsys)
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('the file must not be imported')")
     monkeypatch.syspath_prepend(tmp_path)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("json" if name == "gguf" else name))
     for content in (None, b"GGUF and no more"):
         if content is not None:
             (folder / "model.gguf").write_bytes(content)
