@@ -41,6 +41,7 @@ CHANGES = {
 # What a case is compared with, so that old log-probs differ, clipping acts, and Clip-Cov chooses among many tokens.
 BASES = {"dapo": dict(minibatches=4), "cov": dict(minibatches=4, share=0.2, lower=0.0)}
 NEEDED = {
+    ("egsw", "advantage"): dict(kl_coef=0.3),
     ("cov", "penalty"): dict(variant="kl"),
     ("quantile", "clip_low"): dict(quantile=0.6),
 }  # so that the option acts
