@@ -104,8 +104,10 @@ def main(argv: list[str] | None = None, out: Path = HERE) -> int:
         about = {"question": question, "setting": run.setting, "method": run.method, "variant": variant_of(options)}
         about["seed"] = run.seed
         rows.append({**about, "options": " ".join(training_runs.command_line(run.options)), **summaries[run]})
-        if question == "methods":
-            curves += [{**about, **point} for point in training_runs.curve(folder)]
+        if question in ("methods", "real"):
+            n_tokens = training_runs.config_of(run)["stop_tokens"]
+            n_points = 30 if question == "methods" else 10  # of `real`, a point is the mean of some four steps
+            curves += [{**about, **point} for point in training_runs.curve(folder, n_tokens, n_points)]
         if "eval_every" in options:
             evaluations += [{**about, **point} for point in training_runs.trajectory(folder)]
     if args.quick:

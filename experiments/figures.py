@@ -3,10 +3,10 @@
     python experiments/figures.py       draws them again
 
 learning_curves.png: reward, entropy and length against the tokens sampled, a row of panels a setting; lines are means
-over seeds, bands span from the lowest seed to the highest. pass_at_k.png: pass@k before and after training. parts.png:
-mean@64 and pass@64 of EGSW's options and of controls. frontier.png: mean@64 against pass@64 over learning rates and
-lengths of training, also of the methods of more/. egsw_grid.png: EGSW's mean@32 on arithmetic over P and alpha. Small
-dots are seeds.
+over seeds, bands span from the lowest seed to the highest. pass_at_k.png: pass@k before and after training. real_*.png:
+the same of the real model. parts.png: mean@64 and pass@64 of EGSW's options and of controls. frontier.png: mean@64
+against pass@64 over learning rates and lengths of training, also of the methods of more/. egsw_grid.png: EGSW's mean@32
+on arithmetic over P and alpha. Small dots are seeds.
 """
 
 import statistics
@@ -39,10 +39,12 @@ def draw(rows: list[dict], curves: list[dict], evaluations: list[dict], out: Pat
     of_question: dict[str, list[dict]] = {}
     for row in rows:
         of_question.setdefault(row["question"], []).append(row)
-    if curves:
-        save(learning_curves(pyplot, curves), "learning_curves.png")
-    if "methods" in of_question:
-        save(pass_at_k(pyplot, of_question["methods"]), "pass_at_k.png")
+    for question, prefix in (("methods", ""), ("real", "real_")):
+        of_curves = [point for point in curves if point["question"] == question]
+        if of_curves:
+            save(learning_curves(pyplot, of_curves), f"{prefix}learning_curves.png")
+        if question in of_question:
+            save(pass_at_k(pyplot, of_question[question]), f"{prefix}pass_at_k.png")
     if "parts" in of_question:
         save(parts(pyplot, of_question["parts"]), "parts.png")
     if any(row["question"] in FRONTIERS for row in evaluations):

@@ -25,9 +25,9 @@ GROUP_SIZE = 8
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/countdown")
     rows = countdown.questions(N_PROMPTS, 1, held_out=False)
-    rollout, texts = sample_countdown(str(countdown.base(folder / "base")), rows, GROUP_SIZE)
-    for i, text in enumerate(texts):
-        rollout.rewards[i] = countdown.reward(text, rows[int(rollout.group[i])])
+    rollout, completions = sample_countdown(str(countdown.base(folder / "base")), rows, GROUP_SIZE)
+    for i, tokens in enumerate(completions):
+        rollout.rewards[i] = countdown.reward("".join(tokens), rows[int(rollout.group[i])])
     A = egsw.advantages(rollout.rewards, rollout.group)  # [B]
     for alpha in (0.0, 0.5):
         W = egsw.weights(A, rollout.entropy, rollout.mask, rollout.group, alpha=alpha)  # [B, T]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from training_runs import TOKENS
 
 COUNTDOWN = "countdown"
+WORD_PROBLEMS = "word_problems"
 ARITHMETIC = ["easy", "trap", "long"]
 METHODS = ["grpo", "dapo", "egsw", "gtpo", "grpo_s"]
 NEIGHBOURS = ["more.forking", "more.cov", "more.entropy_advantage", "more.quantile", "more.cispo"]
@@ -92,6 +93,8 @@ def with_sgd(setting: str) -> list[TableRow]:
 
 QUESTIONS = {
     "methods": Question(10, product([COUNTDOWN], METHODS, [OFTEN]) + product(ARITHMETIC, METHODS, [DEFAULTS])),
+    "real": Question(3, product([WORD_PROBLEMS], METHODS, [DEFAULTS])),
+    "real_rates": Question(1, product([WORD_PROBLEMS], ["grpo"], [dict(lr=lr) for lr in (3e-6, 1e-5, 3e-5)])),
     "frontier": Question(3, [
         *product([COUNTDOWN], METHODS, [OFTEN, SLOW, FAST, LONGER]),
         *on_countdown("egsw", *(dict(step_wise=False) | options for options in (OFTEN, SLOW, FAST))),

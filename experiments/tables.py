@@ -137,8 +137,8 @@ def tables(rows: list[dict], question: str) -> str:
 
     for setting, lines in settings.items():
         text += f"### {question}, {setting}\n\n" + comparison_table(setting, lines, significant)
-        if question == "methods":
-            text += pass_table(lines) + entropy_table(setting, lines)
+        if question in ("methods", "real"):
+            text += pass_table(lines) + entropy_table(lines)
     return text
 
 
@@ -179,33 +179,31 @@ def pass_table(lines: dict[str, list[dict]]) -> str:
     return markdown(["run", *ks], cells)
 
 
-def entropy_table(setting: str, lines: dict[str, list[dict]]) -> str:
-    """Speed of learning and entropy, for each line. On Countdown also the entropy by kind of token."""
-    on_countdown = setting.startswith("countdown")
-    header = ["run", "first entropy", "lowest", "last", "rebound"]
-    if on_countdown:
-        header += ["at choices", "elsewhere", "solutions found", "reward over all tokens"]
-    else:
-        header += ["1,000 tokens to 0.8"]
+def entropy_table(lines: dict[str, list[dict]]) -> str:
+    """Speed of learning and entropy, for each line. On Countdown and on word problems also by kind of token."""
+    first = next(iter(lines.values()))[0]
+    kinds = [name.removeprefix("after ") for name, value in first.items()
+             if name.startswith("after entropy") and value is not None]  # fmt: skip
+    header = ["run", "first entropy", "lowest", "last", "rebound", *(name.removeprefix("entropy ") for name in kinds)]
+    names = ["entropy first", "entropy lowest", "entropy last", "rebound", *(f"after {name}" for name in kinds)]
+    if first.get("after solutions found") is not None:
+        header.append("solutions found")
+        names.append("after solutions found")
+    header.append("reward over all tokens" if kinds else "1,000 tokens to 0.8")
     cells = []
-    for name, rows in lines.items():
-
-        def column(key: str, digits: int = 3, rows: list[dict] = rows) -> str:
-            values = [row[key] for row in rows if row.get(key) is not None]
-            return interval(values, digits) if values else ""
-
-        line = [name, column("entropy first"), column("entropy lowest"), column("entropy last"), column("rebound", 2)]
-        if on_countdown:
-            line += [column("after entropy at choices"), column("after entropy elsewhere")]
-            line += [column("after solutions found"), column("mean reward")]
+    for line, rows in lines.items():
+        cells.append([line])
+        for name in names:
+            values = [row[name] for row in rows if row.get(name) is not None]
+            cells[-1].append(interval(values, 2 if name == "rebound" else 3))
+        if kinds:
+            cells[-1].append(interval([row["mean reward"] for row in rows]))
         else:
-            line.append(first_time([row["tokens to 0.8"] for row in rows], 1000))
-        cells.append(line)
+            cells[-1].append(first_time([row["tokens to 0.8"] for row in rows], 1000))
     text = markdown(header, cells)
-    if on_countdown:
-        row = next(iter(lines.values()))[0]
-        text += (f"Before training, the entropy is {row['before entropy at choices']:.3f} nats at choices and "
-                 f"{row['before entropy elsewhere']:.3f} elsewhere.\n\n")  # fmt: skip
+    if kinds:
+        before = [f"{first[f'before {name}']:.3f} nats {name.removeprefix('entropy ')}" for name in kinds]
+        text += f"Before training, the entropy is {', '.join(before[:-1])} and {before[-1]}.\n\n"
     return text
 
 

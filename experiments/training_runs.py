@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,11 +31,13 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import common
-from harness import files, tiny
+import grpo
+from harness import data, files, tiny
 from harness.model import load_model, stop_ids
-from tasks import arithmetic, countdown
+from tasks import arithmetic, countdown, word_problems
 
 TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
+MAX_WORD_PROBLEM = 50  # tokens of a completion
 TRAIN_ROWS = 4096  # chains of a setting with terms of its own
 LARGE = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3, head_dim=32,
              intermediate_size=576)  # fmt: skip
@@ -46,10 +49,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "easy": dict(recipe={}, terms=None, options=dict(max_new_tokens=64, eval_k=32)),
     "trap": dict(recipe=dict(guess=0.5), terms=None, options=dict(max_new_tokens=64, eval_k=32)),
     "long": dict(recipe={}, terms=(6, 8), options=dict(max_new_tokens=96, eval_k=32)),
-}
+    "word_problems": dict(recipe={}, options=dict(
+        n_prompts=8, max_new_tokens=MAX_WORD_PROBLEM, lr=3e-5, eval_rows=300, eval_k=16, stop_tokens=40_000,
+    )),
+}  # fmt: skip
 EVAL_ROWS = 256
-CURVE_POINTS = 30
-SCORED_SAMPLES = 8  # per problem, for the entropy at choices
+SCORED_SAMPLES = 8  # per problem, for the entropy by kind of token
+SCORED_WORD_PROBLEMS = 64
 
 
 class PlannedRun(NamedTuple):
@@ -60,6 +66,12 @@ class PlannedRun(NamedTuple):
 
 
 # --- what a run is ----------------------------------------------------------------------------------------------------
+
+
+def task_of(setting: str) -> Any:
+    """The module of the task."""
+    name = setting.split("-")[0]
+    return {"countdown": countdown, "word_problems": word_problems}.get(name, arithmetic)
 
 
 @functools.cache
@@ -89,9 +101,10 @@ def config_of(run: PlannedRun) -> dict:
 def identity(run: PlannedRun) -> dict:
     """Everything that decides the run's result, except the code. It is stored with the result."""
     setting = SETTINGS[run.setting]
-    task = countdown if run.setting.startswith("countdown") else arithmetic
-    recipe = {**task.RECIPE, **setting["recipe"]}
+    recipe = {**task_of(run.setting).RECIPE, **setting["recipe"]}
     model = {**tiny.MODEL, **setting.get("shape", {})}
+    if run.setting == "word_problems":
+        model = {"package": word_problems.PACKAGE}
     found = {"method": run.method, "recipe": recipe, "model": model, "terms": setting.get("terms"),
              "rows": TRAIN_ROWS, "config": config_of(run)}  # fmt: skip
     return json.loads(json.dumps(found))
@@ -117,6 +130,12 @@ def prepare(name: str, work: Path) -> list[str]:
     torch.set_num_threads(1)  # so that the base is the same on every number of cores
     if name.startswith("countdown"):
         options = countdown.prepare(work / name, setting["recipe"], setting.get("shape"))
+    elif name == "word_problems":
+        folder = os.environ.get("ENTROPY_RL_DATA")
+        source = [f"{folder}/svamp/{split}.jsonl" for split in ("train", "test")] if folder else ["ChilleD/SVAMP", None]
+        options = word_problems.prepare(work / name, None, *source, setting["recipe"])
+        before = evaluate(options, work / name / "before")  # half as long as a run: once for all of them
+        files.write_text(work / name / "before.json", json.dumps(before))
     else:
         base_name = "-".join(["base", *(f"{key}={value}" for key, value in setting["recipe"].items())])
         options = ["--model", str(arithmetic.base(work / base_name, setting["recipe"]))]
@@ -142,6 +161,17 @@ def command_line(options) -> list[str]:
     return result
 
 
+def evaluate(inputs: list[str], folder: Path) -> tuple[dict, dict]:
+    """A model on word problems: its evaluation, and its entropies. Leaves the evaluation's files in `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    options = {**SETTINGS["word_problems"]["options"], "eval_only": True, "out": folder.parent, "name": folder.name}
+    command = [sys.executable, str(ROOT / "grpo.py"), *inputs, *command_line(options.items())]
+    with open(folder.with_name(f"{folder.name}.log"), "w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    [evaluation] = json.loads((folder / "eval.json").read_text())
+    return evaluation, word_problem_entropies(inputs)
+
+
 # --- running them -----------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +181,8 @@ def execute(run: PlannedRun, work: Path, inputs: list[str]) -> None:
     folder = work / name_of(run)
     shutil.rmtree(folder, ignore_errors=True)
     options = {"eval_rows": EVAL_ROWS, "stop_tokens": TOKENS, **SETTINGS[run.setting]["options"], **dict(run.options)}
+    if run.setting == "word_problems":
+        options["eval_rows"] = 0  # `evaluate` does it
     fixed = {"out": work, "name": folder.name, "steps": 1_000_000, "seed": run.seed}
     script = importlib.import_module(run.method)
     sys.argv = [str(script.__file__), *inputs, *command_line([*fixed.items(), *options.items()])]
@@ -160,11 +192,20 @@ def execute(run: PlannedRun, work: Path, inputs: list[str]) -> None:
         contextlib.redirect_stderr(log),
     ):
         script.main()
-        summary = summarise(folder)
-        if run.setting.startswith("countdown"):
+        if run.setting == "word_problems":
+            before = json.loads((work / run.setting / "before.json").read_text())
+            after = evaluate([*inputs, "--model", str(folder / "model")], folder / "after")
+            files.write_text(folder / "eval.json", json.dumps([before[0], after[0]]) + "\n")
+            by_kind = {"before": before[1], "after": after[1]}
+        elif run.setting.startswith("countdown"):
             base = inputs[inputs.index("--model") + 1]
-            for when, model in (("before", base), ("after", str(folder / "model"))):
-                summary |= {f"{when} {key}": value for key, value in entropies(model).items()}
+            by_kind = {"before": countdown_entropies(base), "after": countdown_entropies(str(folder / "model"))}
+        else:
+            by_kind = {}
+        summary = summarise(folder)
+        for when, values in by_kind.items():
+            summary |= {f"{when} {key}": value for key, value in values.items()}
+        if run.setting.startswith("countdown"):
             summary["after solutions found"] = solutions_found(folder)
     for large in (folder / "model", *folder.glob("checkpoint-*")):
         shutil.rmtree(large)
@@ -268,33 +309,57 @@ def summarise(folder: Path) -> dict:
     return summary
 
 
-def sample_countdown(model_folder: str, rows: list[dict], group_size: int) -> tuple[common.Rollout, list[str]]:
-    """Completions of these Countdown questions, group_size of each, as a Rollout and as text. The same every time."""
+def sample_countdown(model_folder: str, rows: list[dict], group_size: int) -> tuple[common.Rollout, list[list[str]]]:
+    """Completions of these Countdown questions, group_size of each, as a Rollout and as the texts of their tokens. The
+    same every time."""
     model, tokenizer = load_model(model_folder, torch.device("cpu"))
     prompts = tokenizer([row["question"] for row in rows])["input_ids"]
-    T = countdown.MAX_NEW_TOKENS
-    uniforms = torch.rand(len(rows) * group_size, T, generator=torch.Generator().manual_seed(0))
-    rollout = common.sample(model, prompts, group_size, T, stop_ids(model, tokenizer), uniforms)
-    texts = []
-    for ids, length in zip(rollout.completion_ids, rollout.completion_lengths().long(), strict=True):
-        texts.append(tokenizer.decode(ids[:length], skip_special_tokens=True))
-    return rollout, texts
+    return sample(model, tokenizer, prompts, group_size, countdown.MAX_NEW_TOKENS)
 
 
-def entropies(model_folder: str) -> dict[str, float]:
+def countdown_entropies(model_folder: str) -> dict[str, float]:
     """Mean entropy, in nats, at the tokens of Countdown completions at which the model chooses a number or an operator,
-    and at the others (results of arithmetic, copied totals, the end)."""
-    rows = countdown.questions(EVAL_ROWS, 0, held_out=True)
-    rollout, texts = sample_countdown(model_folder, rows, SCORED_SAMPLES)
-    is_choice = torch.zeros_like(rollout.mask)
-    for i, text in enumerate(texts):
-        for position in countdown.choice_positions(text):  # one character is one token
-            is_choice[i, position] = 1.0
-    is_other = rollout.mask - is_choice
-    return {
-        "entropy at choices": float((rollout.entropy * is_choice).sum() / is_choice.sum()),
-        "entropy elsewhere": float((rollout.entropy * is_other).sum() / is_other.sum()),
-    }
+    and elsewhere: at results of arithmetic, copied totals, the end."""
+    rollout, completions = sample_countdown(
+        model_folder, countdown.questions(EVAL_ROWS, 0, held_out=True), SCORED_SAMPLES
+    )
+    kinds = []
+    for tokens in completions:
+        choices = countdown.choice_positions("".join(tokens))  # one character is one token
+        kinds.append(["at choices" if i in choices else "elsewhere" for i in range(len(tokens))])
+    return entropy_by_kind(rollout, kinds)
+
+
+def word_problem_entropies(inputs: list[str]) -> dict[str, float]:
+    """Mean entropy, in nats, at each kind of word_problems.token_kinds, on the first problems to evaluate on."""
+    given = dict(zip(inputs[::2], inputs[1::2], strict=True))
+    cfg = grpo.Config(dataset=given["--eval-dataset"], system=given["--system"], max_new_tokens=MAX_WORD_PROBLEM)
+    model, tokenizer = load_model(given["--model"], torch.device("cpu"))
+    problems = data.training_problems(cfg)[:SCORED_WORD_PROBLEMS]
+    prompts = [problem["prompt_ids"] for problem in data.encode(cfg, model, tokenizer, problems)]
+    rollout, completions = sample(model, tokenizer, prompts, SCORED_SAMPLES, MAX_WORD_PROBLEM)
+    return entropy_by_kind(rollout, [word_problems.token_kinds(tokens) for tokens in completions])
+
+
+def sample(
+    model, tokenizer, prompts: list[list[int]], group_size: int, max_new_tokens: int
+) -> tuple[common.Rollout, list[list[str]]]:
+    """Completions as a Rollout and as the texts of their tokens."""
+    uniforms = torch.rand(len(prompts) * group_size, max_new_tokens, generator=torch.Generator().manual_seed(0))
+    rollout = common.sample(model, prompts, group_size, max_new_tokens, stop_ids(model, tokenizer), uniforms)
+    completions = []
+    for ids, length in zip(rollout.completion_ids.tolist(), rollout.completion_lengths().long(), strict=True):
+        completions.append([tokenizer.decode([token], skip_special_tokens=True) for token in ids[:length]])
+    return rollout, completions
+
+
+def entropy_by_kind(rollout: common.Rollout, kinds: list[list[str]]) -> dict[str, float]:
+    """kinds: of the tokens of each completion."""
+    values: dict[str, list[float]] = {}
+    for kinds_of_row, entropies in zip(kinds, rollout.entropy.tolist(), strict=True):
+        for name, entropy in zip(kinds_of_row, entropies, strict=False):  # entropies: also those behind the end
+            values.setdefault(f"entropy {name}", []).append(entropy)
+    return {name: statistics.fmean(some) for name, some in values.items()}
 
 
 def solutions_found(folder: Path) -> float:
@@ -326,15 +391,15 @@ def trajectory(folder: Path) -> list[dict]:
     return points
 
 
-def curve(folder: Path, n_tokens: int = TOKENS) -> list[dict]:
-    """Reward, entropy (nats) and length (tokens) of a run's steps at CURVE_POINTS equal numbers of sampled tokens."""
+def curve(folder: Path, n_tokens: int, n_points: int = 30) -> list[dict]:
+    """Reward, entropy (nats) and length (tokens) of a run's steps, at n_points equal numbers of sampled tokens."""
     metrics = files.read_lines(folder / "metrics.jsonl")
     tokens = tokens_so_far(folder)
     names = dict(reward="reward", entropy="entropy", length="completions/mean_length")
     points = []
     i = 0
-    for point in range(1, CURVE_POINTS + 1):
-        at = n_tokens * point // CURVE_POINTS
+    for point in range(1, n_points + 1):
+        at = n_tokens * point // n_points
         first = i
         while i < len(tokens) - 1 and tokens[i] < at:
             i += 1

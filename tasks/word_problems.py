@@ -138,6 +138,35 @@ def three_parts(dataset: str, eval_dataset: str | None) -> tuple[list[dict], lis
     return train[: len(train) // 2], train[len(train) // 2 :], test
 
 
+def token_kinds(tokens: list[str]) -> list[str]:
+    """What each token of a completion is: the operator of an equation, the first digit of a number that is calculated
+    with (so the choice of this number), a digit of a result or of the answer behind ####, or anything else."""
+    kinds = []
+    part = "left"
+    is_first_digit = True
+    for token in tokens:
+        text = token.strip()
+        name = "elsewhere"
+        if "\n" in token:
+            part = "left"
+            is_first_digit = True
+        elif text == "####":
+            part = "answer"
+        elif text == "=":
+            part = "result"
+        elif text in OPERATORS and part == "left" and not is_first_digit:  # a - before the first digit is a sign
+            part = "right"
+            name = "at operators"
+        elif text.isdigit() and part in ("result", "answer"):
+            name = f"at {part}s"
+        elif text.isdigit() and is_first_digit:
+            name = "at numbers"
+        kinds.append(name)
+        if text:
+            is_first_digit = not text.isdigit() and text != "."
+    return kinds
+
+
 # --- the base model ---------------------------------------------------------------------------------------------------
 
 

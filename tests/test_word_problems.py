@@ -237,3 +237,10 @@ def test_the_packaged_model_speaks_and_spells():
     rollout = common.sample(model, [prompt], 1, 20, stop_ids(model, tokenizer), None)
     text = tokenizer.decode(rollout.completion_ids[0][rollout.mask[0] > 0], skip_special_tokens=True)
     assert text == "The capital of France is Paris."
+
+
+def test_each_token_has_a_kind():
+    text = "7|.|5| -| |1|2| =| -|4|.|5|\n|-|3| *| |2| =| |-|6|\n|####| -|6|"
+    kinds = word_problems.token_kinds(text.split("|"))
+    letters = {"at numbers": "n", "at operators": "o", "at results": "r", "at answers": "a", "elsewhere": "."}
+    assert "".join(letters[kind] for kind in kinds) == "n..o.n...r.r..no.n...r...a."
