@@ -3,7 +3,7 @@
     python benchmarks/bench.py                        every row that this machine can measure; writes results.json
     python benchmarks/bench.py --rows rollout step    some of them
     python benchmarks/bench.py --base runs/egsw-1/model   another checkpoint for `rollout` and `step`
-    python benchmarks/bench.py --model FOLDER --dataset FILE   sampling with a real model alone, on JSON lines
+    python benchmarks/bench.py --model FOLDER --dataset FILE   a real model alone, on JSON lines
 
 The contenders take turns in one process; for memory, each measurement is a process. First they show that they do the
 same work. Each row has medians, and the ratio to the other contender, run by run, with its minimum and maximum.
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def reward_of(text: str, problem: dict) -> float:
     return verifier.math_reward(text, problem["answer"])
 
 
+def any_reward(text: str, problem: dict) -> float:
+    """0 or 1, whatever is right: nearly every group has both."""
+    return float(zlib.crc32(text.encode()) % 2)
+
+
 def bench_rollout(base: str, runs: int) -> list[dict]:
     """Completion tokens a second against model.generate: same prompts, group size, temperature and stop rule."""
     _, tokenizer = load(base)
@@ -83,19 +89,27 @@ def bench_rollout(base: str, runs: int) -> list[dict]:
     return sampling_rows("rollout, tiny, 32 x 8", base, problems, prompts, G, T, True, ["dynamic"], runs)
 
 
-def bench_model(folder: str, dataset: str, runs: int) -> list[dict]:
-    """The same with a real model on 8 x 8 rows of at most 96 tokens; first with its stop token, and then without."""
+def bench_model(folder: str, dataset: str, runs: int, asked: list[str]) -> list[dict]:
+    """Sampling and a step with a real model, on 8 x 8 rows of at most 96 tokens. Sampling with its stop token, and
+    without; the step with the verifier's rewards, and with rewards that differ in every group."""
     _, tokenizer = load(folder)
-    rows = [json.loads(line) for line in Path(dataset).read_text().splitlines()[:8]]
-    problems = [{"question": row["question"], "answer": verifier.gold_answer(row["answer"])} for row in rows]
-    chats = [[{"role": "user", "content": p["question"]}] for p in problems]
-    prompts = [data.prompt_ids(tokenizer, data.prompt_text(tokenizer, chat, "", "")) for chat in chats]
+    rows = [json.loads(line) for line in Path(dataset).read_text().splitlines()]
+    problems = []
+    for row in rows:
+        text = data.prompt_text(tokenizer, [{"role": "user", "content": row["question"]}], "", "")
+        ids = data.prompt_ids(tokenizer, text)
+        problems.append({"question": text, "answer": verifier.gold_answer(row["answer"]), "prompt_ids": ids})
+    first = problems[:8]
+    prompts = [problem["prompt_ids"] for problem in first]
     print(f"  prompts of {statistics.mean(map(len, prompts)):.0f} tokens, at most {max(map(len, prompts))}")
+    name = Path(folder).name
     results = []
-    for stops in (True, False):
-        title = f"{Path(folder).name}, 8 x 8, {'up to' if stops else 'all'} 96 tokens"
-        caches = ["dynamic", "static"]
-        results += sampling_rows(title, folder, problems, prompts, 8, 96, stops, caches, runs)
+    for stops in (True, False) if "rollout" in asked else ():
+        title = f"{name}, 8 x 8, {'up to' if stops else 'all'} 96 tokens"
+        results += sampling_rows(title, folder, first, prompts, 8, 96, stops, ["dynamic", "static"], runs)
+    for reward in (reward_of, any_reward) if "step" in asked else ():
+        title = f"GRPO step, {name}, 8 x 8, {reward.__name__}"
+        results += step_rows(title, folder, problems, (8, 8, 96), reward, micro_batches=[16], steps=2, runs=runs)
     return results
 
 
@@ -147,25 +161,42 @@ def sampling_rows(title, base, problems, prompts, group_size, max_tokens, stops,
 
 
 def bench_step(base: str, runs: int) -> list[dict]:
-    """Seconds of a whole GRPO step (rollout, verify, score, update) against TRL's trainer at its best batch size."""
+    _, tokenizer = load(base)
+    problems = arithmetic.problems(1024, 0, held_out=False)
+    encoded = [{**problem, "prompt_ids": tokenizer(problem["question"])["input_ids"]} for problem in problems]
+    title = "GRPO step, tiny, 32 x 8"
+    return step_rows(title, base, encoded, (Q, G, T), reward_of, micro_batches=[64, 128, 256], steps=6, runs=runs)
+
+
+def step_rows(
+    title: str, base: str, problems: list[dict], size: tuple[int, int, int], reward_of, micro_batches: list[int],
+    steps: int, runs: int,
+) -> list[dict]:  # fmt: skip
+    """Seconds of a whole GRPO step (rollout, verify, score, update) against TRL's trainer at its best batch size.
+
+    size: prompts, completions of each, and most tokens. steps: of each measurement; the first does not count.
+    """
     import datasets
     from transformers import TrainerCallback
     from transformers.utils import logging
     from trl import GRPOConfig, GRPOTrainer
 
     logging.set_verbosity_error()
-    problems = arithmetic.problems(1024, 0, held_out=False)
-    answers = {p["question"]: p["answer"] for p in problems}
+    n_prompts, group_size, max_new_tokens = size
+    by_question = {problem["question"]: problem for problem in problems}
 
     def ours(seconds: list[float], steps: int) -> float:
         model, tokenizer = load(base)
-        encoded = [{**p, "prompt_ids": tokenizer(p["question"])["input_ids"]} for p in problems]
-        cfg = RunConfig(n_prompts=Q, group_size=G, max_new_tokens=T, lr=1e-6, token_budget=2048)
-        trainer = Trainer(cfg, model, tokenizer, encoded, base)
+        cfg = RunConfig(
+            n_prompts=n_prompts, group_size=group_size, max_new_tokens=max_new_tokens, lr=1e-6, token_budget=2048
+        )
+        trainer = Trainer(cfg, model, tokenizer, problems, base)
         rewards = []
         for _ in range(steps):
             start = time.perf_counter()
             rollout = trainer.verify(trainer.sample())
+            for i, record in enumerate(rollout.records):
+                rollout.rewards[i] = reward_of(record["completion"], record)
             A = grpo.advantages(rollout.rewards, rollout.group)
             for minibatch in trainer.minibatches(rollout, "sequence", A):
                 for batch in minibatch:
@@ -183,7 +214,7 @@ def bench_step(base: str, runs: int) -> list[dict]:
         rewards = []
 
         def reward(prompts, completions, **_):
-            scores = [verifier.math_reward(c, answers[p]) for p, c in zip(prompts, completions, strict=True)]
+            scores = [reward_of(c, by_question[p]) for p, c in zip(prompts, completions, strict=True)]
             rewards.append(statistics.mean(scores))
             return scores
 
@@ -195,8 +226,9 @@ def bench_step(base: str, runs: int) -> list[dict]:
                 seconds.append(time.perf_counter() - self.start)
 
         options = GRPOConfig(
-            output_dir="/tmp/bench-trl", per_device_train_batch_size=micro, gradient_accumulation_steps=Q * G // micro,
-            num_generations=G, max_completion_length=T, max_steps=steps, learning_rate=1e-6, beta=0.0, temperature=1.0,
+            output_dir="/tmp/bench-trl", per_device_train_batch_size=micro,
+            gradient_accumulation_steps=n_prompts * group_size // micro, num_generations=group_size,
+            max_completion_length=max_new_tokens, max_steps=steps, learning_rate=1e-6, beta=0.0, temperature=1.0,
             top_k=0, gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none",
             save_strategy="no", logging_strategy="no", disable_tqdm=True, loss_type="grpo", num_iterations=1,
         )  # fmt: skip
@@ -205,7 +237,7 @@ def bench_step(base: str, runs: int) -> list[dict]:
             GRPOTrainer(model, reward, options, questions, processing_class=tokenizer, callbacks=[Clock()]).train()
         return statistics.mean(rewards)
 
-    steps, results = 6, {"ours": [], "TRL 64": [], "TRL 128": [], "TRL 256": []}
+    results: dict[str, list[float]] = {"ours": [], **{f"TRL {micro}": [] for micro in micro_batches}}
     for i in range(runs + 1):
         for name in results:
             seconds: list[float] = []
@@ -213,9 +245,9 @@ def bench_step(base: str, runs: int) -> list[dict]:
             if i:
                 results[name].append(statistics.median(seconds[1:]))
             else:  # the first round warms up, and shows that all do the same work
-                print(f"  same work: {name}, mean reward {reward:.3f}")
+                print(f"  same work: {name}, mean reward {reward:.3f}", flush=True)
     best = min((name for name in results if name != "ours"), key=lambda name: statistics.median(results[name]))
-    return [row("GRPO step, tiny, 32 x 8", "s", results["ours"], best, results[best], False)]
+    return [row(title, "s", results["ours"], best, results[best], False)]
 
 
 def graded_texts() -> dict[str, list[tuple[str, str]]]:
@@ -415,7 +447,7 @@ def main() -> None:
     print(machine)
     rows = []
     if args.model:
-        rows = bench_model(args.model, args.dataset, args.runs)
+        rows = bench_model(args.model, args.dataset, args.runs, args.rows)
         args.rows = []
     base = args.base or (args.rows and str(arithmetic.base(ROOT / "runs" / "tiny-base")))
     for name in args.rows:
