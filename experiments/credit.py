@@ -2,13 +2,14 @@
 
     python experiments/credit.py                      the tiny base on arithmetic: runs/credit.png
     python experiments/credit.py --countdown          the base of tasks/countdown.py on its task
+    python experiments/credit.py --word-problems runs/word_problems   a real model: the base of tasks/word_problems.py
     python experiments/credit.py --explorer           the page to play with, with both tasks: runs/credit.html
     python experiments/credit.py --explorer --model path/to/model --dataset rows.jsonl --out runs/after
 
 These made the files of this repository:
 
     python experiments/credit.py --countdown --out assets/credit_countdown
-    python experiments/credit.py --explorer --group-size 6 --out docs/explorer
+    python experiments/credit.py --explorer --word-problems runs/word_problems --group-size 6 --out docs/explorer
 
 Credit is what multiplies grad log pi of a token on the first update, before the mean over tokens: token_advantages of
 each script, at its default options, over the batch that the first step of a run samples. Blue pushes a token up, orange
@@ -48,12 +49,12 @@ import grpo_s
 import gtpo
 import verifier
 from common import Rollout
-from harness import data
+from harness import data, files
 from harness.model import load_model
 from harness.options import RunConfig, add_option, bounded, fail, resolve_defaults
 from harness.rewards import RewardError
 from harness.trainer import Trainer
-from tasks import arithmetic, countdown
+from tasks import arithmetic, countdown, word_problems
 
 EXPLORER = ROOT / "docs" / "explorer.html"
 BEGIN = '<script type="application/json" id="content">'  # the content follows, up to the end of this element
@@ -64,6 +65,17 @@ SAMPLING = [
     "prompt_template", "max_prompt_tokens", "n_prompts", "group_size", "max_new_tokens", "temperature", "seed",
 ]  # fmt: skip
 SCRIPTS = {"GRPO": grpo, "DAPO": dapo, "EGSW": egsw, "GTPO": gtpo, "GRPO-S": grpo_s}
+# Not from a data set, so that the page holds no rows of one.
+WORD_PROBLEMS = {
+    "A baker made 84 rolls and put them into 7 bags, the same number into each. How many rolls are in a bag?": "12",
+    "Lena has 53 stamps. She gives 18 of them to her brother. How many stamps does she have left?": "35",
+    "A train has 6 coaches with 45 seats each. How many seats does the train have?": "270",
+    "There are 27 sheep and 16 goats on a farm. How many animals are on the farm?": "43",
+    "Omar read 38 pages on Monday and 25 pages on Tuesday. How many more pages did he read on Monday?": "13",
+    "A box holds 9 pencils. How many boxes are needed for 72 pencils?": "8",
+    "A shop had 64 lamps. It sold some of them, and now it has 29. How many lamps did it sell?": "35",
+    "Mia pays 4 dollars for each of 13 tickets. How much does she pay?": "52",
+}
 FORK = 0.35  # nats. A token of at least this entropy is called a fork; to choose by a fair coin has 0.69.
 
 
@@ -76,14 +88,22 @@ def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
     parser.add_argument("--out", default="runs/credit", help="where to write, without .png or .html [%(default)s]")
     parser.add_argument("--explorer", action="store_true", help="write the page to play with instead of the PNG")
     parser.add_argument("--countdown", action="store_true", help="show Countdown; its base is built if it is missing")
+    parser.add_argument(
+        "--word-problems", type=Path, metavar="FOLDER", help="show what tasks/word_problems.py has made"
+    )
     parser.add_argument("--rows", default=6, help="completions in the PNG, at most [%(default)s]", **number)
     parser.add_argument("--lines", default=2, help="lines of each in the PNG, at most [%(default)s]", **number)
     for f in dataclasses.fields(RunConfig):
         if f.name in SAMPLING:
             add_option(parser, f, f.type)
     args = parser.parse_args(argv)
-    if args.countdown and (args.model or args.dataset != "arithmetic"):
-        fail("--countdown has a model and a data set of its own: leave out --model and --dataset, or --countdown")
+    if (args.countdown or args.word_problems) and (args.model or args.dataset != "arithmetic"):
+        flag = "--countdown" if args.countdown else "--word-problems"
+        fail(f"{flag} has a model and a data set of its own: leave out --model and --dataset, or {flag}")
+    if args.countdown and args.word_problems and not args.explorer:
+        fail("--countdown --word-problems: a picture shows one task; give one of them, or --explorer")
+    if args.word_problems and not (args.word_problems / "base").is_dir():
+        fail(f"--word-problems {args.word_problems}: no base in it; make it with tasks/word_problems.py --out")
     return RunConfig(**{name: getattr(args, name) for name in SAMPLING}, eval_rows=0), args
 
 
@@ -97,13 +117,28 @@ def countdown_config(cfg: RunConfig) -> RunConfig:
     )  # fmt: skip
 
 
+def word_problems_config(cfg: RunConfig, folder: Path) -> RunConfig:
+    """The same options for WORD_PROBLEMS and the base that tasks/word_problems.py has made in this folder."""
+    rows = folder / "credit.jsonl"
+    files.write_text(rows, "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in WORD_PROBLEMS.items()))
+    return dataclasses.replace(
+        cfg, model=str(folder / "base"), dataset=str(rows), n_prompts=len(WORD_PROBLEMS), system=word_problems.SYSTEM,
+        max_new_tokens=cfg.max_new_tokens or 50,
+    )  # fmt: skip
+
+
 def chosen_tasks(cfg: RunConfig, args: argparse.Namespace) -> dict[str, RunConfig]:
-    """The tasks to show, by name: one, or both built-in tasks on the page."""
+    """The tasks to show, by name: one, or several on the page."""
     if cfg.model is not None or cfg.dataset != "arithmetic":
         return {Path(cfg.dataset).name: cfg}
-    if args.countdown:
-        return {"Countdown": countdown_config(cfg)}
-    return {"Countdown": countdown_config(cfg), "arithmetic": cfg} if args.explorer else {"arithmetic": cfg}
+    tasks = {}
+    if args.countdown or args.explorer:
+        tasks["Countdown"] = countdown_config(cfg)
+    if args.explorer or not (args.countdown or args.word_problems):
+        tasks["arithmetic"] = cfg
+    if args.word_problems:
+        tasks["word problems"] = word_problems_config(cfg, args.word_problems)
+    return tasks
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -402,16 +437,18 @@ def main(argv: list[str] | None = None) -> None:
             raise PermissionError("not writable")
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror or error}")
-    model = args.model or "the tiny base"
     tasks = chosen_tasks(cfg, args)
+    models = {"Countdown": "the tiny base", "arithmetic": "the tiny base", "word problems": "SmolLM2-135M-Instruct"}
     if args.explorer:
-        contents = [{"task": name, "model": model, **task_content(cfg)} for name, cfg in tasks.items()]
+        contents = []
+        for name, cfg in tasks.items():
+            contents.append({"task": name, "model": models.get(name, args.model), **task_content(cfg)})
         out.write_text(page(contents), encoding="utf-8")
     else:
         [(name, cfg)] = tasks.items()
         rollout, tokenizer = sample(cfg)
         content = picture(rollout, choose_or_fail(rollout), tokenizer, cfg)
-        draw(out, {"task": name, "model": model, **content}, args.rows, args.lines)
+        draw(out, {"task": name, "model": models.get(name, args.model), **content}, args.rows, args.lines)
     print(out)
 
 
