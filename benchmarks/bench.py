@@ -238,13 +238,12 @@ def step_rows(
         return statistics.mean(rewards)
 
     results: dict[str, list[float]] = {"ours": [], **{f"TRL {micro}": [] for micro in micro_batches}}
-    for i in range(runs + 1):
+    for i in range(runs):
         for name in results:
             seconds: list[float] = []
             reward = ours(seconds, steps) if name == "ours" else trl(seconds, steps, int(name.split()[1]))
-            if i:
-                results[name].append(statistics.median(seconds[1:]))
-            else:  # the first round warms up, and shows that all do the same work
+            results[name].append(statistics.median(seconds[1:]))
+            if i == 0:  # that all do the same work
                 print(f"  same work: {name}, mean reward {reward:.3f}", flush=True)
     best = min((name for name in results if name != "ours"), key=lambda name: statistics.median(results[name]))
     return [row(title, "s", results["ours"], best, results[best], False)]
