@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trap": dict(recipe=dict(guess=0.5), terms=None, options=dict(max_new_tokens=64, eval_k=32)),
     "long": dict(recipe={}, terms=(6, 8), options=dict(max_new_tokens=96, eval_k=32)),
     "word_problems": dict(recipe={}, options=dict(
-        n_prompts=8, max_new_tokens=MAX_WORD_PROBLEM, lr=3e-5, eval_rows=300, eval_k=16, stop_tokens=40_000,
+        n_prompts=8, max_new_tokens=MAX_WORD_PROBLEM, lr=1e-5, eval_rows=300, eval_k=16, stop_tokens=40_000,
     )),
 }  # fmt: skip
 EVAL_ROWS = 256

@@ -332,7 +332,7 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     print(f"evaluate the base with\n\n    python grpo.py {options} --eval-only\n")
-    print(f"train it with\n\n    python grpo.py {options} --n-prompts 8 --lr 1e-5 --steps 60")
+    print(f"train it with\n\n    python grpo.py {options} --n-prompts 8 --lr 1e-5 --steps 40")
 
 
 if __name__ == "__main__":
