@@ -1,13 +1,13 @@
 """The methods of more/: worked examples, and what is special in each. tests/test_methods.py and tests/test_main.py hold
 them to what every method must satisfy."""
 
-import subprocess
+import runpy
 import sys
 
 import plain
 import pytest
 import torch
-from helpers import MORE, ROOT, batch, call, lines, random_logprobs
+from helpers import MORE, ROOT, batch, call, lines
 
 import grpo
 import grpo_s
@@ -47,13 +47,6 @@ def test_forking_advantages_are_those_of_plain_loops(rho):
     torch.testing.assert_close(got, torch.tensor(A).double() * kept)
 
 
-@pytest.mark.parametrize("rho", [0.05, 0.2, 0.5, 1.0])
-def test_forking_tokens_are_those_above_torchs_quantile(rho):
-    _, _, mask, entropy = batch()
-    tau = torch.quantile(entropy[mask > 0], 1 - rho)
-    assert torch.equal(forking.forking_tokens(entropy, mask, rho), (entropy >= tau) & (mask > 0))
-
-
 def test_forking_keeps_tokens_of_equal_entropy_together():
     mask = torch.ones(2, 5)
     assert forking.forking_tokens(torch.full((2, 5), 0.3), mask, 0.2).all()
@@ -81,11 +74,6 @@ def test_entropy_advantages_are_those_of_plain_loops():
     torch.testing.assert_close(without, grpo.token_advantages(rewards, entropy, mask, group))
 
 
-def test_entropy_advantage_carries_no_gradient():
-    rewards, group, mask, entropy = batch()
-    assert not entropy_advantage.token_advantages(rewards, entropy.requires_grad_(), mask, group).requires_grad
-
-
 # --- the quantile as the baseline -------------------------------------------------------------------------------------
 
 
@@ -103,16 +91,6 @@ def test_quantile_advantages_are_those_of_plain_loops(K):
     expected = plain.spread(plain.quantile_advantages(rewards, group, K), mask)
     got = quantile.token_advantages(rewards, entropy, mask, group, quantile=K)
     torch.testing.assert_close(got, torch.tensor(expected).double())
-
-
-@pytest.mark.parametrize("K", [0.2, 0.4, 0.5, 0.8])
-def test_a_hard_prompt_learns_from_right_completions_and_an_easy_one_from_wrong_ones(K):
-    for n_right in range(1, 10):
-        rewards = torch.cat([torch.ones(n_right), torch.zeros(10 - n_right)])
-        A = quantile.advantages(rewards, torch.zeros(10), K)
-        hard = n_right / 10 <= 1 - K + 1e-9
-        learns = rewards == 1 if hard else rewards == 0
-        assert ((A != 0) == learns).all() and (A[learns] > 0).all() == hard
 
 
 # --- Clip-Cov and KL-Cov ----------------------------------------------------------------------------------------------
@@ -147,22 +125,6 @@ def test_without_an_advantage_no_token_is_chosen(variant):
     assert not cov.chosen_tokens(0 * A, logprobs, uniforms, variant, share=1.0, lower=-99.0).any()
 
 
-def test_another_variant_is_an_error():
-    with pytest.raises(KeyError):
-        cov.chosen_tokens(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2), "cov")
-
-
-def test_clip_cov_takes_the_gradient_of_the_chosen_tokens_away_and_no_other():
-    rewards, group, mask, _ = batch()
-    new, old = random_logprobs(mask)
-    A = grpo.advantages(rewards, group)
-    chosen = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.3
-    cov.loss((new - old).exp(), A, mask, chosen, "clip", 0.2, 0.3).sum().backward()
-    without, _ = random_logprobs(mask)
-    grpo.loss((without - old).exp(), A, mask, 0.2, 0.3).sum().backward()
-    torch.testing.assert_close(new.grad, without.grad * ~chosen)
-
-
 def test_kl_covs_penalty_has_no_gradient_before_the_policy_moves():
     """Afterwards it pulls a chosen token back with the full weight, however little it has moved. There is no clip."""
     chosen = torch.tensor([[True, True, True, False]])
@@ -188,15 +150,13 @@ def test_tokens_are_chosen_from_transposed_tensors_too():
 
 
 def test_the_choice_is_decided_by_the_seed_alone(small, tmp_path, monkeypatch):
-    """Not by how the step is cut into micro-batches, nor by a stop; tests/test_distributed.py has two processes."""
+    """Not by how it is cut into micro-batches. test_resume.py has a stop, and test_distributed.py two processes."""
     options = ("--share", 0.2, "--lower", 0.0, "--minibatches", 2, "--eval-rows", 0)
     call(monkeypatch, "cov", *small("--name", "whole", *options))
-    call(monkeypatch, "cov", *small("--name", "halves", *options, "--steps", 1))
-    call(monkeypatch, "cov", "--resume", str(tmp_path / "halves"), "--steps", "2")
     call(monkeypatch, "cov", *small("--name", "one", *options, "--token-budget", 10**6))
     call(monkeypatch, "cov", *small("--name", "other", *options, "--seed", 1))
-    whole, halves, one, other = (lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "halves", "one", "other"))
-    assert whole == halves != other
+    whole, one, other = (lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "one", "other"))
+    assert whole != other
     for row, expected in zip(one, whole, strict=True):
         assert row == pytest.approx(expected, abs=1e-5) and row["chosen"] > 0
 
@@ -212,16 +172,6 @@ def test_cispo_caps_the_weight_and_keeps_the_gradient():
         new.grad = None
         cispo.loss((new - old).exp(), torch.tensor([A]), torch.ones(1, 3), new, clip_high=4.0).sum().backward()
         torch.testing.assert_close(new.grad, -A * torch.tensor([[5.0, 1.1, 0.01]]))
-
-
-def test_cispo_within_its_limit_has_grpos_gradient_without_a_clip():
-    rewards, group, mask, _ = batch()
-    A = grpo.advantages(rewards, group)
-    new, old = random_logprobs(mask)
-    cispo.loss((new - old).exp(), A, mask, new, clip_high=99.0).sum().backward()
-    other, _ = random_logprobs(mask)
-    grpo.loss((other - old).exp(), A, mask, clip_low=99.0, clip_high=99.0).sum().backward()
-    torch.testing.assert_close(new.grad, other.grad)
 
 
 # --- GSPO, and how they are run ---------------------------------------------------------------------------------------
@@ -240,9 +190,10 @@ def test_grpo_s_without_its_entropy_term_is_gspo(small, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_python_m_names_the_run_after_the_method_so_that_it_can_be_resumed(small, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "more.cov", *small("--variant", "kl", "--steps", 1, "--eval-rows", 0)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    options = small("--variant", "kl", "--steps", 1, "--eval-rows", 0)
+    monkeypatch.setattr(sys, "argv", ["-m", *options])
+    monkeypatch.delitem(sys.modules, "more.cov")
+    runpy.run_module("more.cov", run_name="__main__", alter_sys=True)
     call(monkeypatch, "cov", "--resume", str(tmp_path / "cov-1"), "--steps", "2")
     assert [row["step"] for row in lines(tmp_path / "cov-1" / "metrics.jsonl")] == [1, 2]
 
