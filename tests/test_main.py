@@ -43,7 +43,7 @@ BASE = dict(minibatches=4, max_grad_norm=1e9)
 NEEDED = {
     ("egsw", "advantage"): dict(kl_coef=0.3),
     ("cov", "penalty"): dict(variant="kl"),
-    ("quantile", "clip_low"): dict(quantile=0.6),
+    ("quantile", "clip_low"): dict(quantile=1.0),
     ("forking", "clip_low"): dict(rho=1.0),
 }  # so that the option acts
 CASES = [(name, option, value) for name in METHODS for option, values in CHANGES[name].items() for value in values]

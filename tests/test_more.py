@@ -1,5 +1,5 @@
-"""The methods of more/: worked examples, and what is special in each. tests/test_methods.py and tests/test_main.py hold
-them to what every method must satisfy."""
+"""The methods of more/ against plain loops, and what is special in each. test_methods.py and test_main.py hold them to
+what every method must satisfy."""
 
 import runpy
 import sys
@@ -30,15 +30,6 @@ def float64_batch(seed=0):
 # --- forking tokens ---------------------------------------------------------------------------------------------------
 
 
-def test_forking_keeps_the_most_uncertain_tokens_of_a_worked_example():
-    rewards, group = torch.tensor([1.0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])
-    entropy = torch.tensor([[0.1, 0.9, 0.2], [0.8, 0.3, 9.0], [7.0, 7.0, 7.0], [7.0, 7.0, 7.0]])
-    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
-    A = forking.token_advantages(rewards, entropy, mask, group, rho=0.4)  # 2 of the 5 tokens of the mixed group
-    expected = torch.tensor([[0.0, 1, 0], [-1, 0, 0], [0, 0, 0], [0, 0, 0]])
-    torch.testing.assert_close(A, expected, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("rho", [0.05, 0.2, 0.5, 1.0])
 def test_forking_advantages_are_those_of_plain_loops(rho):
     rewards, group, mask, entropy, A, _, _ = float64_batch()
@@ -54,14 +45,6 @@ def test_forking_keeps_tokens_of_equal_entropy_together():
 
 
 # --- entropy in the advantage -----------------------------------------------------------------------------------------
-
-
-def test_entropy_advantage_of_a_worked_example():
-    rewards, group = torch.tensor([1.0, 0]), torch.zeros(2)
-    entropy = torch.tensor([[0.0, 0.5, 9.0], [0.0, 0.5, 9.0]])
-    A = entropy_advantage.token_advantages(rewards, entropy, torch.ones(2, 3), group, alpha=0.4, kappa=2.0)
-    expected = torch.tensor([[1.0, 1.2, 1.5], [-1.0, -0.8, -0.5]])
-    torch.testing.assert_close(A, expected, atol=1e-5, rtol=0)
 
 
 def test_entropy_advantages_are_those_of_plain_loops():
@@ -94,13 +77,6 @@ def test_quantile_advantages_are_those_of_plain_loops(K):
 
 
 # --- Clip-Cov and KL-Cov ----------------------------------------------------------------------------------------------
-
-
-def test_the_highest_covariance_is_that_of_an_unlikely_wrong_token():
-    advantages = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]])
-    logprobs = torch.tensor([[-0.1, -3.0], [-0.1, -3.0], [-9.0, -9.0]])  # the last row has no advantage
-    chosen = cov.chosen_tokens(advantages, logprobs, torch.zeros(3, 2), "kl")
-    assert chosen.tolist() == [[False, False], [False, True], [False, False]]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -141,12 +117,6 @@ def test_kl_cov_is_finite_where_the_ratio_is_zero_at_padding():
     per_token = cov.loss(ratio, torch.tensor([1.0]), mask, mask > 2, "kl")
     per_token.sum().backward()
     assert per_token.isfinite().all() and ratio.grad.isfinite().all()
-
-
-def test_tokens_are_chosen_from_transposed_tensors_too():
-    A, logprobs = torch.randn(5, 4), -torch.rand(5, 4)
-    chosen = cov.chosen_tokens(A.T, logprobs.T, A.T, "kl", share=0.2)
-    assert torch.equal(chosen, cov.chosen_tokens(A.T.contiguous(), logprobs.T.contiguous(), A.T, "kl", share=0.2))
 
 
 def test_the_choice_is_decided_by_the_seed_alone(small, tmp_path, monkeypatch):

@@ -102,11 +102,6 @@ def test_a_token_is_written_into_the_room_and_a_selection_of_rows_copies_no_room
 # --- rows and nodes ---------------------------------------------------------------------------------------------------
 
 
-def test_children_are_the_different_pairs_of_node_and_token():
-    node, token = torch.tensor([0, 0, 0, 1]), torch.tensor([5, 7, 5, 5])
-    assert [x.tolist() for x in common.choose_children(node, token)] == [[0, 0, 1], [5, 7, 5], [0, 1, 0, 2]]
-
-
 def test_a_node_runs_once_while_its_rows_are_the_same(loaded, monkeypatch):
     model, tokenizer = loaded
     batches = []

@@ -15,6 +15,7 @@ from helpers import ROOT, SCRIPTS, batch, random_logprobs
 from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from verl import DataProto
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
@@ -25,6 +26,7 @@ from verl.workers.utils.losses import ppo_loss
 import grpo_s
 from common import loss_weights
 from integrations import verl_plugin
+from more import cov
 
 pytestmark = pytest.mark.slow
 METHODS = ["egsw", "gtpo", "grpo_s"]
@@ -69,10 +71,15 @@ def ours(method, rewards, group, mask, entropy, **options):
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def test_the_trainers_are_in_verls_registry():
+def test_methods_and_trainers_are_in_verls_registries():
+    for method in METHODS:
+        assert callable(get_adv_estimator_fn(method))
+        assert callable(get_policy_loss_fn(method))
+    assert callable(get_policy_loss_fn("grpo_s_arithmetic"))
     for mode in ("sync", "colocate_async", "separate_async"):
         trainer = get_trainer_cls(f"entropy_{mode}")
-        assert issubclass(trainer, get_trainer_cls(mode)) and trainer is not get_trainer_cls(mode)
+        assert issubclass(trainer, get_trainer_cls(mode))
+        assert trainer is not get_trainer_cls(mode)
 
 
 def test_import_verl_alone_loads_the_plugin_that_the_environment_names():
@@ -205,16 +212,42 @@ def test_verls_loss_and_gradient_over_micro_batches_are_the_scripts(name, agg):
     torch.testing.assert_close(got, grad, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["clip", "kl"])
+def test_verls_clip_cov_and_kl_cov_are_ours(variant):
+    """On one micro-batch, which is then the whole step. Clip-Cov takes all candidates, so its choice is not random."""
+    rewards, group, mask, entropy = batch(4)
+    new, old = random_logprobs(mask)
+    A = cov.token_advantages(rewards, entropy, mask, group)
+    options = dict(variant=variant, share=1.0 if variant == "clip" else 0.2, lower=0.02, upper=0.2)
+    chosen = cov.chosen_tokens(A, new.detach(), torch.rand(mask.shape), **options)
+    assert 0 < chosen.sum() < mask.sum() / 2
+    expected = (cov.loss((new - old).exp(), A, mask, chosen, variant, 1.0, 99.0) * loss_weights(mask, "token")).sum()
+    (grad,) = torch.autograd.grad(expected, new)
+
+    config = actor(f"{variant}_cov", "token-mean", 1.0, 99.0)
+    settings = {f"{variant}_cov_ratio": options["share"], "clip_cov_lb": 0.02, "clip_cov_ub": 0.2, "ppo_kl_coef": 1.0}
+    for key, value in settings.items():
+        object.__setattr__(config.policy_loss, key, value)
+    loss, _ = get_policy_loss_fn(f"{variant}_cov")(old, new, A, mask, "token-mean", config)
+    (got,) = torch.autograd.grad(loss, new)
+    assert abs(float(loss - expected)) < 1e-6
+    torch.testing.assert_close(got, grad, atol=1e-6, rtol=1e-5)
+
+
 def test_clip_bounds_and_fraction_are_those_of_the_configuration():
-    """For a wrong token there is no limit above, as verl's vanilla loss has one at clip_ratio_c = 3."""
-    new, old, mask = torch.full((1, 2), 2.0), torch.zeros(1, 2), torch.ones(1, 2)
-    loss, _ = worker_loss(actor("gtpo", "token-mean"), new, old, -mask, mask, torch.arange(1))
-    assert float(loss) == pytest.approx(np.exp(2))
-    new = torch.tensor([[0.5, 0.5]])  # the ratio is 1.65
+    new, old, mask = torch.tensor([[0.5, 0.5]]), torch.zeros(1, 2), torch.ones(1, 2)  # the ratio is 1.65
     for high, expected, fraction in ((0.1, 1.1, 1.0), (0.4, 1.4, 1.0), (0.9, np.exp(0.5), 0.0)):
         loss, metrics = worker_loss(actor("gtpo", "token-mean", high=high), new, old, mask, mask, torch.arange(1))
         assert float(loss) == pytest.approx(-expected)
         assert metrics["actor/pg_clipfrac"].aggregate() == fraction
+
+
+def test_a_wrong_token_that_became_likely_has_no_second_clip():
+    """verl's vanilla loss stops at clip_ratio_c = 3 times the advantage; the papers' do not."""
+    new, old, mask = torch.full((1, 1), 2.0), torch.zeros(1, 1), torch.ones(1, 1)
+    loss = {name: float(worker_loss(actor(name, "token-mean"), new, old, -mask, mask, torch.arange(1))[0])
+            for name in ("vanilla", "gtpo", "egsw", "grpo_s")}  # fmt: skip
+    assert loss == pytest.approx({"vanilla": 3.0, "gtpo": np.exp(2), "egsw": np.exp(2), "grpo_s": np.exp(2)}, rel=1e-6)
 
 
 def test_bf16_log_probs_are_averaged_in_float32():
