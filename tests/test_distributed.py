@@ -114,9 +114,6 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_the_other_way_round(ou
         assert [row["step"] for row in lines(out / name / "metrics.jsonl")] == [1, 2]
 
 
-# --- processes that die -----------------------------------------------------------------------------------------------
-
-
 def started(*options):
     """torchrun grpo.py, for as long as it is left alone."""
     endless = ["--steps", "100000", "--save-every", "1", "--eval-rows", "0"]

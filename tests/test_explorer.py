@@ -61,9 +61,6 @@ def javascript(code, data):
     return json.loads(done.stdout)
 
 
-# --- the functions are those of the scripts ---------------------------------------------------------------------------
-
-
 def random_batch(rng):
     """Rewards [B], entropy [B, T], mask [B, T] and group [B], as lists. The rows of a group stand anywhere."""
     group = [g for g in range(rng.randint(1, 4)) for _ in range(rng.randint(2, 6))]
@@ -112,18 +109,12 @@ def test_the_page_gives_the_scripts_numbers_and_the_steps_of_a_formula_end_at_th
             torch.testing.assert_close(torch.tensor(last_step), torch.tensor(ours), atol=1e-5, rtol=0)
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_page_has_todays_options():
     page = PAGE.read_text(encoding="utf-8")
     stored = content_of(page)
     assert page == credit.page(stored["tasks"]), "stale: run python docs/build.py"
     assert len(page.encode()) <= 400_000
     assert {len(task["groups"]) for task in stored["tasks"]} == {2}
-
-
-# --- a reader at the page ---------------------------------------------------------------------------------------------
 
 
 def all_of(browser, selector):

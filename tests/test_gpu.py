@@ -45,9 +45,6 @@ def on_the_cpu(rollout):
     return rollout
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=" ".join)
 def test_in_float32_two_steps_give_the_bytes_of_the_cpu(run, small, tmp_path, engine_folder, monkeypatch):
@@ -105,9 +102,6 @@ def test_a_method_computes_on_the_gpu_what_it_computes_on_the_cpu(name, engine_f
             results.append([A.cpu(), per_token.cpu()])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-
-
-# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sample", SAMPLERS)
@@ -171,9 +165,6 @@ def test_the_next_token_takes_two_chunks_of_memory(greedy, autocast, gpu, monkey
         gpu.peak = before
         common.next_token(model, hidden, uniforms, 0.7, greedy)
     assert gpu.peak - before < 2.1 * 4 * chunk * V
-
-
-# --- the update -------------------------------------------------------------------------------------------------------
 
 
 def test_a_micro_batch_waits_for_the_gpu_at_most_nine_times(gpu, loaded):

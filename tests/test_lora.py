@@ -38,9 +38,6 @@ def train_once(t, rollout):
     return t.metrics_of_update()
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
 def test_new_adapters_change_nothing_and_are_the_same_for_the_same_seed(toy, loaded):
     model, tokenizer = with_adapters(toy)
     base = rollout_of(*loaded)
@@ -101,9 +98,6 @@ def test_the_reference_is_the_base_and_the_same_numbers_as_a_separate_copy(toy):
     assert (score(model, rollout)[0] - without_copy).abs().max() > 0.01  # the adapters are on again
 
 
-# --- a base in bf16, as on a GPU --------------------------------------------------------------------------------------
-
-
 def bf16_base(toy):
     """The toy base as a GPU would hold it: bf16, with disturbed adapters in float32."""
     model, tokenizer = load_model(str(toy), CPU, dtype=lora.base_dtype(torch.device("cuda")))
@@ -139,9 +133,6 @@ def test_merging_into_a_bf16_base_loses_nothing(toy, tmp_path):
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-6)
     assert not torch.equal(weight, weight.bfloat16().float())
-
-
-# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -189,9 +180,6 @@ def test_the_learning_rate_is_ten_times_that_of_the_full_model(optimizer, n_para
         resolve_defaults(cfg, n_parameters, on_gpu=False)
         rates.append(cfg.lr)
     assert rates == pytest.approx([lr / 10, lr])
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_experts_in_one_tensor_are_refused(refusal):

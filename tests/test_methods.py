@@ -127,64 +127,23 @@ def test_egsw_at_zero_temperature_picks_the_largest_value(temperature):
 # --- GTPO -------------------------------------------------------------------------------------------------------------
 
 
-def gtpo_shaped(rewards, entropy, mask, group, *values, punishment=None, **options):
-    """r+ and r- without a punishment, unless one is given."""
-    punishment = torch.zeros_like(rewards) if punishment is None else punishment
-    return gtpo.shaped_rewards(rewards, entropy, mask, group, punishment, *values, **options)
-
-
 @pytest.mark.parametrize("compare_over", ["batch", "group"])
 @pytest.mark.parametrize("entropy_mean", ["arithmetic", "geometric"])
 @pytest.mark.parametrize("entropy_baseline", ["column", "row", "matrix"])
-def test_gtpo_shaped_rewards_are_eq_2_and_3(entropy_baseline, entropy_mean, compare_over):
+def test_gtpo_shaped_rewards_are_eq_2_and_3_and_advantages_eq_4(entropy_baseline, entropy_mean, compare_over):
     rewards, group, mask, entropy = batch()
     rewards[group == 2] = 1.0  # one group without a difference
     punishment = -0.5 * torch.rand(len(rewards), generator=torch.Generator().manual_seed(0))
-    words = (entropy_baseline, entropy_mean, compare_over)
-    got = gtpo_shaped(rewards, entropy, mask, group, 0.9, 0.2, *words, 0.2, 1.5, punishment=punishment)
-    expected = plain.gtpo_shaped(rewards, entropy, mask, group, 0.9, 0.2, *words, 0.2, 1.5, punishment.tolist())
-    torch.testing.assert_close(got[0], torch.tensor(expected[0]))
-    torch.testing.assert_close(got[1], torch.tensor(expected[1]))
-
-
-@pytest.mark.parametrize("compare_over", ["batch", "group"])
-@pytest.mark.parametrize("normalize_over", ["all", "outcome"])
-def test_gtpo_advantages_are_eq_4(normalize_over, compare_over):
-    rewards, group, mask, entropy = batch()
-    rewards[group == 2] = 0.0
-    plus, minus = gtpo_shaped(rewards, entropy, mask, group, compare_over=compare_over)
-    got = gtpo.advantages(plus, minus, rewards, mask, group, compare_over, normalize_over)
-    words = (compare_over, normalize_over)
-    expected = plain.gtpo_advantages(plus.tolist(), minus.tolist(), rewards, mask, group, *words)
-    torch.testing.assert_close(got, torch.tensor(expected), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("compare_over", ["batch", "group"])
-def test_gtpo_without_shaping_is_grpo_on_the_token_level(compare_over):
-    rewards, group, mask, entropy = batch()
-    for alpha2, H in ((0.0, entropy), (0.1, torch.full_like(entropy, 0.4))):  # no shaping, or nothing to shape by
-        A = gtpo.token_advantages(rewards, H, mask, group, alpha2=alpha2, compare_over=compare_over)
-        for rows in gtpo.comparison_sets(rewards, mask, group, compare_over):
-            p = float(mask[rows & (rewards == 1)].sum() / mask[rows].sum())
-            expected = torch.where(rewards == 1, math.sqrt((1 - p) / p), -math.sqrt(p / (1 - p)))[:, None] * mask
-            torch.testing.assert_close(A[rows], expected[rows], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("compare_over", ["batch", "group"])
-def test_gtpo_normalised_inside_each_outcome_loses_right_and_wrong(compare_over):
-    """The fact that decides the default of --normalize-over: with "outcome" the mean advantage of right tokens is zero,
-    many of them are pushed down, and without the entropy term no signal is left; with "all" none is pushed down."""
-    rewards, group, mask, entropy = batch(groups=6)
-    right = mask * rewards[:, None] > 0
-
-    def advantages(normalize_over, **options):
-        options = dict(compare_over=compare_over, normalize_over=normalize_over) | options
-        return gtpo.token_advantages(rewards, entropy, mask, group, **options)
-
-    A = advantages("outcome")[right]
-    assert float(A.mean()) == pytest.approx(0.0, abs=1e-5) and float((A < 0).float().mean()) > 0.25
-    assert (advantages("all")[right] > 0).all()
-    assert advantages("outcome", alpha2=0.0).abs().max() == 0
+    options = (0.9, 0.2, entropy_baseline, entropy_mean, compare_over, 0.2, 1.5)
+    plus, minus = gtpo.shaped_rewards(rewards, entropy, mask, group, punishment, *options)
+    expected_plus, expected_minus = plain.gtpo_shaped(rewards, entropy, mask, group, *options, punishment.tolist())
+    torch.testing.assert_close(plus, torch.tensor(expected_plus))
+    torch.testing.assert_close(minus, torch.tensor(expected_minus))
+    for normalize_over in ("all", "outcome"):
+        words = (compare_over, normalize_over)
+        A = gtpo.advantages(plus, minus, rewards, mask, group, *words)
+        expected = plain.gtpo_advantages(plus.tolist(), minus.tolist(), rewards, mask, group, *words)
+        torch.testing.assert_close(A, torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gamma", [0.6, 0.75, 1.0])

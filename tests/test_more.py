@@ -27,9 +27,6 @@ def float64_batch(seed=0):
     return rewards.double(), group, mask.double(), entropy.double(), A, logprobs, uniforms
 
 
-# --- forking tokens ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rho", [0.05, 0.2, 0.5, 1.0])
 def test_forking_advantages_are_those_of_plain_loops(rho):
     rewards, group, mask, entropy, A, _, _ = float64_batch()
@@ -44,9 +41,6 @@ def test_forking_keeps_tokens_of_equal_entropy_together():
     assert not forking.forking_tokens(mask, torch.zeros(2, 5), 0.2).any()
 
 
-# --- entropy in the advantage -----------------------------------------------------------------------------------------
-
-
 def test_entropy_advantages_are_those_of_plain_loops():
     rewards, group, mask, entropy, _, _, _ = float64_batch()
     A = plain.grpo_advantages(rewards, group)
@@ -55,9 +49,6 @@ def test_entropy_advantages_are_those_of_plain_loops():
     torch.testing.assert_close(got, expected)
     without = entropy_advantage.token_advantages(rewards, entropy, mask, group, alpha=0.0)
     torch.testing.assert_close(without, grpo.token_advantages(rewards, entropy, mask, group))
-
-
-# --- the quantile as the baseline -------------------------------------------------------------------------------------
 
 
 def test_quantile_advantages_of_the_example_in_its_docstring():
@@ -74,9 +65,6 @@ def test_quantile_advantages_are_those_of_plain_loops(K):
     expected = plain.spread(plain.quantile_advantages(rewards, group, K), mask)
     got = quantile.token_advantages(rewards, entropy, mask, group, quantile=K)
     torch.testing.assert_close(got, torch.tensor(expected).double())
-
-
-# --- Clip-Cov and KL-Cov ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -131,9 +119,6 @@ def test_the_choice_is_decided_by_the_seed_alone(small, tmp_path, monkeypatch):
         assert row == pytest.approx(expected, abs=1e-5) and row["chosen"] > 0
 
 
-# --- CISPO ------------------------------------------------------------------------------------------------------------
-
-
 def test_cispo_caps_the_weight_and_keeps_the_gradient():
     """The clip of PPO stops the gradient of a good token with ratio 9, and lets that of a bad one grow to 9."""
     old, w = torch.full((1, 3), -3.0), torch.tensor([[9.0, 1.1, 0.01]])
@@ -142,9 +127,6 @@ def test_cispo_caps_the_weight_and_keeps_the_gradient():
         new.grad = None
         cispo.loss((new - old).exp(), torch.tensor([A]), torch.ones(1, 3), new, clip_high=4.0).sum().backward()
         torch.testing.assert_close(new.grad, -A * torch.tensor([[5.0, 1.1, 0.01]]))
-
-
-# --- GSPO, and how they are run ---------------------------------------------------------------------------------------
 
 
 def test_grpo_s_without_its_entropy_term_is_gspo(small, tmp_path, monkeypatch):

@@ -49,9 +49,6 @@ def test_the_scripts_accept_the_commands_of_the_sweeps(method):
             assert len(differences) == 2, differences  # the option and the name
 
 
-# --- the notebook -----------------------------------------------------------------------------------------------------
-
-
 def notebook():
     return pytest.importorskip("nbformat").read(ROOT / "docs" / "first_run.ipynb", as_version=4)
 

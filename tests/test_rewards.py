@@ -119,8 +119,6 @@ def test_a_function_that_fails_in_one_process_ends_all_of_them(small, own, tmp_p
     assert done.stderr.count("error: --reward") == 1 and "ZeroDivisionError" in done.stderr
 
 
-# --- warnings ---------------------------------------------------------------------------------------------------------
-
 WELL = {"completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.5, "reward/parse_failed": 0.0, "entropy": 0.4}
 
 

@@ -49,9 +49,6 @@ def test_kl_is_zero_at_first_and_then_grows(small, tmp_path, monkeypatch):
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
 
 
-# --- what is refused: one line, status 2, nothing written -------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, option, value", [
     *(("egsw", option, value) for option, value in [
         ("--group-size", 1), ("--temperature", 0), ("--temperature", "nan"),

@@ -37,9 +37,6 @@ def sample_family(model):
     return common.sample(model, PROMPTS, 4, 20, [0], uniforms)
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("room", [1, 3, 16])
 def test_the_growing_cache_gives_the_bits_of_dynamic_cache(family, room, monkeypatch):
@@ -99,9 +96,6 @@ def test_a_token_is_written_into_the_room_and_a_selection_of_rows_copies_no_room
         assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
 
 
-# --- rows and nodes ---------------------------------------------------------------------------------------------------
-
-
 def test_a_node_runs_once_while_its_rows_are_the_same(loaded, monkeypatch):
     model, tokenizer = loaded
     batches = []
@@ -124,9 +118,6 @@ def test_an_eos_as_first_token_ends_the_row_and_a_rollout_of_them_ends_at_once(l
     assert one.mask.tolist() == [[1.0]] and not one.finished.any()
     for rollout in (r, one):
         torch.testing.assert_close(score(model, rollout)[0], rollout.logprobs, atol=1e-5, rtol=1e-5)
-
-
-# --- the next token ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [decoder.CHUNK_ELEMENTS, common.CACHED_ELEMENTS])

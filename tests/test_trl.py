@@ -330,9 +330,6 @@ def test_wrong_options_of_a_method_are_refused(method, name, value):
         token_advantages(method, {name: value})
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
-
-
 def worker(toy, out):
     """What each process of the test below runs: 14 of the 28 rows, so that the fourth of seven groups spans both. The
     second process stops at 8 tokens, so that their paddings differ."""

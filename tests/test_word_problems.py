@@ -51,9 +51,6 @@ def instruct(tmp_path_factory):
     return str(folder)
 
 
-# --- the problems -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("equation, answer, worked", [
     ("( 8.0 - 3.0 )", "5.0", "8 - 3 = 5\n#### 5"),
     ("( ( 2.0 + 3.0 ) * 4.0 )", "20.0", "2 + 3 = 5\n5 * 4 = 20\n#### 20"),
@@ -109,9 +106,6 @@ def test_sums_are_right_and_of_every_kind():
             assert word_problems.OPERATORS[sign](Fraction(left), Fraction(right)) == int(result)
             signs += sign
     assert all(signs.count(sign) > 300 for sign in "-+*/")
-
-
-# --- the base and the commands ----------------------------------------------------------------------------------------
 
 
 def test_the_warm_start_learns_the_answers_and_only_them(instruct):
