@@ -1,12 +1,11 @@
 """A toy base model, built once per session: a short warm start on chains of two terms, some of which it then solves."""
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
-from helpers import error_line
+from helpers import error_line, write_lines
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 
@@ -34,7 +33,7 @@ def loaded(toy):
 def toy_data(tmp_path_factory):
     """A data file of chains of two terms."""
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in arithmetic.problems(60, 0, False, 2, 2)))
+    write_lines(path, arithmetic.problems(60, 0, False, 2, 2))
     return path
 
 

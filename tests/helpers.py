@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,12 +33,6 @@ T = 9  # tokens of a completion of the toy base, at most
 # --- running scripts --------------------------------------------------------------------------------------------------
 
 
-def script(name, *options, **keywords):
-    """Runs a script of the repository as a user would, in its own process."""
-    command = [sys.executable, str(ROOT / name), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **keywords)
-
-
 def call(monkeypatch, name, *options):
     """Runs a method's main() in this process."""
     monkeypatch.setattr(sys, "argv", [METHODS[name].__file__, *options])
@@ -47,7 +40,14 @@ def call(monkeypatch, name, *options):
 
 
 def lines(path):
+    """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path, rows):
+    """Writes a JSONL file, and returns its name."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def error_line(capsys):

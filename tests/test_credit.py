@@ -7,11 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import grpo
 from common import Rollout
 from experiments import credit
 from harness import options
-from harness.run import Run
 
 NASTY = ["</script><script>alert(1)</script>", "<!--", "&amp;", "</body>", "<img src=x onerror=alert(1)>", r"$\frac$"]
 
@@ -123,15 +121,6 @@ def test_the_script_writes_the_png_and_the_page(sizes, tmp_path, capsys):
     for group in groups_of((tmp_path / "deep" / "picture.html").read_text(encoding="utf-8")):
         assert {row["reward"] for row in group["rows"]} == {1.0, 0.0}
         assert len(group["rows"]) == 4
-
-
-def test_the_batch_is_that_of_a_runs_first_step(sizes, small):
-    cfg, _ = credit.parse(sizes)
-    ours, _ = credit.sample(cfg)
-    with Run(options.parse(grpo.Config, "", small("--eval-rows", 0, "--n-prompts", 16))) as run:
-        theirs = run.verify(run.sample())
-    for name in ("completion_ids", "mask", "rewards", "entropy"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
 @pytest.mark.parametrize("wrong, said", [

@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 import torch
-from helpers import data_folder
+from helpers import data_folder, write_lines
 
 import verifier
 from harness import data, tiny
@@ -41,11 +41,6 @@ def load(dataset, eval_rows=0, **options):
     return data.load_problems(config(dataset=str(dataset), eval_rows=eval_rows, **options))
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture()
 def tokenizer():
     return tiny.new_tokenizer()
@@ -61,7 +56,7 @@ def test_known_layouts_load_in_every_format(rows, golds, name, tmp_path):
     path = tmp_path / name
     dataset = datasets.Dataset.from_list(rows)
     if name == "a.jsonl":
-        write(path, rows)
+        write_lines(path, rows)
     elif name == "a.json":
         path.write_text(json.dumps(rows))
     elif name == "a.parquet":
@@ -74,12 +69,12 @@ def test_known_layouts_load_in_every_format(rows, golds, name, tmp_path):
 
 
 def test_columns_can_be_named(tmp_path, refusal):
-    path = write(tmp_path / "a.jsonl", [{"text": "1+1?", "gold": "2"}, {"text": "1+2?", "gold": "3"}])
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "1+1?", "gold": "2"}, {"text": "1+2?", "gold": "3"}])
     columns = dict(question_column="text", answer_column="gold")
     train, held = load(path, eval_rows=1, **columns)
     assert {row["answer"] for row in train + held} == {"2", "3"}
     assert "--question-column" in refusal(load, path)
-    other = write(tmp_path / "b.jsonl", GSM8K)  # with the usual names, whatever those of the first are called
+    other = write_lines(tmp_path / "b.jsonl", GSM8K)  # with the usual names, whatever those of the first are called
     _, held = load(path, eval_dataset=other, eval_rows=9, **columns)
     assert len(held) == 3
 
@@ -111,9 +106,9 @@ def test_a_hub_data_set_with_configurations(tmp_path):
 
 
 def test_training_and_evaluation_never_share_a_question(tmp_path, capsys):
-    train = write(tmp_path / "train.jsonl", GSM8K)
+    train = write_lines(tmp_path / "train.jsonl", GSM8K)
     same = [{**GSM8K[1], "question": "  A hall has 25 rows  of 40 seats.\nHow many seats?"}]
-    kept, held = load(train, eval_rows=9, eval_dataset=write(tmp_path / "eval.jsonl", same))
+    kept, held = load(train, eval_rows=9, eval_dataset=write_lines(tmp_path / "eval.jsonl", same))
     assert len(held) == 1 and GSM8K[1]["question"] not in [row["question"] for row in kept] and len(kept) == 2
     assert "1 rows dropped" in capsys.readouterr().out
     for seed in range(3):
@@ -124,12 +119,12 @@ def test_training_and_evaluation_never_share_a_question(tmp_path, capsys):
 
 
 def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, capsys, refusal):
-    train, _ = load(write(tmp_path / "a.jsonl", [*GSM8K, GSM8K[0]]))  # one comes twice
+    train, _ = load(write_lines(tmp_path / "a.jsonl", [*GSM8K, GSM8K[0]]))  # one comes twice
     assert len(train) == 3 and "1 of 4 rows dropped" in capsys.readouterr().out
     bad = [{"question": "Why?", "answer": "because it was raining all day long"}, {"question": "Who?", "answer": ""}]
-    train, _ = load(write(tmp_path / "a.jsonl", GSM8K + bad))
+    train, _ = load(write_lines(tmp_path / "a.jsonl", GSM8K + bad))
     assert len(train) == 3 and "2 of 5 rows dropped" in capsys.readouterr().out
-    assert "none of its 2 rows" in refusal(load, write(tmp_path / "b.jsonl", bad))
+    assert "none of its 2 rows" in refusal(load, write_lines(tmp_path / "b.jsonl", bad))
 
 
 @pytest.mark.parametrize("name, content, told", [
@@ -251,7 +246,7 @@ def test_a_prompt_template_needs_a_place_for_the_question_and_reads_backslash_n_
     ([{"role": "system", "content": "3+4?"}], "no question"), ("\ud800", "surrogates"),
 ])  # fmt: skip
 def test_a_question_that_is_no_text_and_no_chat_is_refused_with_row_and_type(question, told, tmp_path, refusal):
-    path = write(tmp_path / "a.jsonl", [{"prompt": question, "answer": "7"}])
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": question, "answer": "7"}])
     assert told in refusal(load, path)
 
 
@@ -307,12 +302,12 @@ def test_a_path_is_a_path_and_no_pattern(name, tmp_path):
     if name.endswith("parquet"):
         rows.to_parquet(path)
     elif name.startswith("rows"):
-        write(path, list(rows))
+        write_lines(path, list(rows))
     elif name.startswith("saved"):
         rows.save_to_disk(path)
     else:
         path.mkdir()
-        write(path / "train.jsonl", list(rows))
+        write_lines(path / "train.jsonl", list(rows))
     train, _ = load(path)
     _, held = load("arithmetic", eval_rows=9, eval_dataset=str(path), splits="train,train")
     assert [problem["question"] for problem in train + held] == ["1+1?", "1+1?"]

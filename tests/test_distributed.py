@@ -13,7 +13,6 @@ import pytest
 from helpers import METHODS, ROOT, call, lines
 from safetensors.torch import load_file
 
-from harness import distributed
 from harness.options import fail
 
 pytestmark = pytest.mark.slow
@@ -115,9 +114,6 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_the_other_way_round(ou
         assert [row["step"] for row in lines(out / name / "metrics.jsonl")] == [1, 2]
 
 
-# --- processes that die -----------------------------------------------------------------------------------------------
-
-
 def started(*options):
     """torchrun grpo.py, for as long as it is left alone."""
     endless = ["--steps", "100000", "--save-every", "1", "--eval-rows", "0"]
@@ -171,22 +167,9 @@ def test_an_interrupt_ends_all_processes_after_the_step(small, tmp_path):
     assert (folder / f"checkpoint-{step}" / "state.pt").exists()
 
 
-# --- how the work is split, and who says what is wrong ----------------------------------------------------------------
-
-
 def test_of_several_processes_one_says_what_is_wrong(monkeypatch, capsys):
     for local_rank, said in (("0", "error: wrong\n"), ("1", "")):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(SystemExit) as stop:
             fail("wrong")
         assert stop.value.code == 2 and capsys.readouterr().err == said
-
-
-@pytest.mark.parametrize("n", [0, 1, 5, 8])
-def test_shares_of_the_prompts_follow_each_other_and_leave_none_out(n, monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    taken = []
-    for rank in range(4):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        taken += range(n)[distributed.my_slice(n)]
-    assert taken == list(range(n))

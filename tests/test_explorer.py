@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import torch
 from helpers import ROOT, SCRIPTS
+from test_main import CHANGES
 
 from experiments import credit
 
@@ -60,9 +61,6 @@ def javascript(code, data):
     return json.loads(done.stdout)
 
 
-# --- the functions are those of the scripts ---------------------------------------------------------------------------
-
-
 def random_batch(rng):
     """Rewards [B], entropy [B, T], mask [B, T] and group [B], as lists. The rows of a group stand anywhere."""
     group = [g for g in range(rng.randint(1, 4)) for _ in range(rng.randint(2, 6))]
@@ -78,62 +76,37 @@ def random_batch(rng):
     return {"rewards": rewards, "entropy": entropy, "mask": mask, "group": group}
 
 
-def random_value(rng, method, name, batch):
-    """A value of an option. Every word of a choice, both switches, and numbers over the range that makes sense."""
-    option = next(option for option in credit.method_options()[method] if option["name"] == name)
-    if option["choices"]:
-        return rng.choice(option["choices"])
-    if isinstance(option["default"], bool):
-        return rng.random() < 0.5
-    numbers = {
-        "max_new_tokens": lambda: len(batch["mask"][0]) + rng.randint(0, 4),
-        "overlong_cache": lambda: rng.choice([0.0, 1.0, rng.random()]),
-        "weight_temperature": lambda: 10 ** rng.uniform(-1, 3),
-        "entropy_min": lambda: 10 ** rng.uniform(-4, -0.5),
-        "entropy_max": lambda: rng.choice([1e3, rng.uniform(0.5, 2)]),
-        "overlong_gamma": lambda: rng.choice([None, 0.75, rng.uniform(0.51, 1)]),
-    }
-    amounts = ("alpha", "alpha1", "alpha2", "beta1", "beta2")  # 0 or more
-    return rng.choice([0.0, 3 * rng.random()]) if name in amounts else numbers[name]()
-
-
-def random_cases(method, n):
-    rng = random.Random(method)
-    names = [option["name"] for option in credit.method_options()[method]]
-    cases = []
-    for _ in range(n):
-        batch = random_batch(rng)
-        cases.append({**batch, "settings": {name: random_value(rng, method, name, batch) for name in names}})
-    return cases
-
-
-def tensors(case, dtype):
-    numbers = [torch.tensor(case[name], dtype=dtype) for name in ("rewards", "entropy", "mask")]
-    return [*numbers, torch.tensor(case["group"])]
+def random_case(rng, method):
+    """A random batch, and settings: each option of token_advantages at its default or as test_main.py changes it."""
+    case = random_batch(rng)
+    settings = {option["name"]: option["default"] for option in credit.method_options()[method]}
+    for name in settings:
+        if name == "max_new_tokens":
+            settings[name] = len(case["mask"][0]) + rng.randint(0, 4)
+        else:
+            settings[name] = rng.choice([settings[name], *CHANGES[method][name]])
+    return {**case, "settings": settings}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_page_gives_the_scripts_numbers_and_the_steps_of_a_formula_end_at_them(method):
-    """For random batches and options."""
-    cases = random_cases(method, CASES)
+    rng = random.Random(method)
+    cases = [random_case(rng, method) for _ in range(CASES)]
     code = f"""return data.map(c => {{
         const credit = {method}.token_advantages(c.rewards, c.entropy, c.mask, c.group, ...Object.values(c.settings));
         return [credit, each_token(c.mask, (i, t) => steps.{method}(c, c.settings, i, t).at(-1).value)];
     }});"""
     for case, (ours, last_step) in zip(cases, javascript(code, cases), strict=True):
         # JavaScript has float64 alone. EGSW and GTPO compute in float32, and GTPO divides by what may be a small std.
-        rewards, entropy, mask, group = tensors(case, torch.float32 if method in ("egsw", "gtpo") else torch.float64)
-        tolerance = 1e-4 if method == "gtpo" else 1e-5
+        dtype = torch.float32 if method in ("egsw", "gtpo") else torch.float64
+        batch = [torch.tensor(case[name], dtype=dtype) for name in ("rewards", "entropy", "mask")]
         settings = case["settings"]
-        expected = SCRIPTS[method].token_advantages(rewards, entropy, mask, group, **settings)
-        closeness = dict(atol=tolerance, rtol=tolerance, msg=lambda text, settings=settings: f"{settings}: {text}")
-        torch.testing.assert_close(torch.tensor(ours, dtype=expected.dtype), expected, **closeness)
+        expected = SCRIPTS[method].token_advantages(*batch, torch.tensor(case["group"]), **settings)
+        tolerance = 1e-4 if method == "gtpo" else 1e-5
+        torch.testing.assert_close(torch.tensor(ours, dtype=dtype), expected, atol=tolerance, rtol=tolerance)
         # the page has no control for these two
         if settings.get("entropy_max", 1e3) == 1e3 and settings.get("overlong_gamma") is None:
             torch.testing.assert_close(torch.tensor(last_step), torch.tensor(ours), atol=1e-5, rtol=0)
-
-
-# --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_page_has_todays_options():
@@ -142,15 +115,6 @@ def test_the_page_has_todays_options():
     assert page == credit.page(stored["tasks"]), "stale: run python docs/build.py"
     assert len(page.encode()) <= 400_000
     assert {len(task["groups"]) for task in stored["tasks"]} == {2}
-
-
-# --- a reader at the page ---------------------------------------------------------------------------------------------
-
-
-def visit(browser, width=1280, height=900):
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 800}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(PAGE.as_uri())
 
 
 def all_of(browser, selector):
@@ -175,8 +139,8 @@ def value(browser, script):
 
 
 @pytest.mark.slow
-def test_every_preset_shows_what_its_sentence_says(browser):
-    visit(browser)
+def test_every_preset_shows_what_its_sentence_says_on_a_page_that_fits_the_screen(browser):
+    browser.get(PAGE.as_uri())
     for prompt in range(len(all_of(browser, "#prompts button"))):
         all_of(browser, "#prompts button")[prompt].click()
         click(browser, "#presets button", "As sampled")
@@ -199,13 +163,9 @@ def test_every_preset_shows_what_its_sentence_says(browser):
         click(browser, "#presets button", "One outcome")
         assert {mean for method in METHODS for mean in means(browser, method)} == {0}
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_the_page_fits_the_screen_loads_nothing_and_reports_no_error(browser, width, height):
-    visit(browser, width, height)
-    for k in range(len(all_of(browser, "#prompts button"))):
-        browser.execute_script("arguments[0].click()", all_of(browser, "#prompts button")[k])
-        assert value(browser, "document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
+        for width in (390, 1280):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 800}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            assert value(browser, "document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
     assert value(browser, "performance.getEntriesByType('resource').length") == 0
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import ROOT, SCRIPTS, call, grpo_update, lines, naive_score, needs_peft, rollout_of, score
+from helpers import ROOT, call, grpo_update, lines, naive_score, needs_peft, rollout_of, score
 from safetensors.torch import load_file, save_file
 
 import common
@@ -136,9 +136,7 @@ def test_the_page_names_the_families_that_were_tried():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TRAINED)
-@pytest.mark.parametrize("gradient_checkpointing, lora_rank", [
-    (False, 0), (True, 0), pytest.param(False, 4, marks=needs_peft), pytest.param(True, 4, marks=needs_peft),
-])  # fmt: skip
+@pytest.mark.parametrize("gradient_checkpointing, lora_rank", [(False, 0), pytest.param(True, 4, marks=needs_peft)])
 def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpointing, lora_rank, tmp_path):
     folder = checkpoint(family, tmp_path / "a")
     cfg = RunConfig(lr=1e-3, max_new_tokens=20, token_budget=100, temperature=0.8, lora_rank=lora_rank)
@@ -252,9 +250,8 @@ def test_no_end_token_is_refused(loaded, refusal):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Qwen3_5Text", "Lfm2", "Gemma4Text"])
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_trains_models_that_are_not_laid_out_like_llama(name, family, tmp_path, toy_data, monkeypatch):
+@pytest.mark.parametrize("name, family", [("grpo", "Qwen3_5Text"), ("dapo", "Lfm2"), ("egsw", "Gemma4Text")])
+def test_a_script_trains_models_that_are_not_laid_out_like_llama(name, family, tmp_path, toy_data, monkeypatch):
     (tmp_path / "reward.py").write_text("def reward(completion, row):\n    return len(completion) % 2\n")
     options = f"--steps 3 --n-prompts 4 --group-size 4 --max-new-tokens 8 --eval-rows 0 --out {tmp_path} --name r"
     model = checkpoint(family, tmp_path / "model")

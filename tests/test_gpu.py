@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import helpers
 import pytest
 import torch
-from helpers import METHODS, T, assert_same_samples, call, lines, needs_peft, rollout_of, token_advantages, trainer_of
+from helpers import METHODS, assert_same_samples, call, lines, needs_peft, rollout_of, token_advantages, trainer_of
 from pretend_gpu import pretended_gpu
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -43,9 +43,6 @@ def on_the_cpu(rollout):
     for name in common.TENSOR_FIELDS:
         setattr(rollout, name, getattr(rollout, name).cpu())
     return rollout
-
-
-# --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -107,9 +104,6 @@ def test_a_method_computes_on_the_gpu_what_it_computes_on_the_cpu(name, engine_f
         assert torch.equal(a, b)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sample", SAMPLERS)
 def test_in_float32_samples_are_those_of_the_cpu(sample, gpu, loaded, toy, monkeypatch):
     without_autocast(monkeypatch)
@@ -135,8 +129,6 @@ def cache_types(sample, gpu, tokenizer, monkeypatch):
 @pytest.mark.parametrize("sample", SAMPLERS)
 def test_the_cache_is_in_bf16(sample, gpu, loaded, monkeypatch):
     assert cache_types(sample, gpu, loaded[1], monkeypatch) == {torch.bfloat16}
-    monkeypatch.setattr(decoder, "keys_like_values", lambda cache_class: cache_class)
-    assert cache_types(sample, gpu, loaded[1], monkeypatch) == {torch.bfloat16, torch.float32}
 
 
 def syncs_of(sample, gpu, tokenizer, tokens):
@@ -175,9 +167,6 @@ def test_the_next_token_takes_two_chunks_of_memory(greedy, autocast, gpu, monkey
     assert gpu.peak - before < 2.1 * 4 * chunk * V
 
 
-# --- the update -------------------------------------------------------------------------------------------------------
-
-
 def test_a_micro_batch_waits_for_the_gpu_at_most_nine_times(gpu, loaded):
     rollout = rollout_of(gpu.model, loaded[1])
 
@@ -199,9 +188,6 @@ def test_a_micro_batch_waits_for_the_gpu_at_most_nine_times(gpu, loaded):
     assert 0 < waits_of_many - waits_of_one <= 9 * (many - one)
 
 
-# --- the ratio --------------------------------------------------------------------------------------------------------
-
-
 def test_in_bf16_the_ratio_is_one_until_the_policy_moves(loaded, monkeypatch):
     """Because old and new log-probs are scored in the same micro-batches; those of the sampler differ."""
     monkeypatch.setattr(decoder, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
@@ -215,23 +201,7 @@ def test_in_bf16_the_ratio_is_one_until_the_policy_moves(loaded, monkeypatch):
             assert not torch.equal(batch.old_logprobs, rollout.logprobs[batch.rows])
 
 
-# --- faults that must be noticed --------------------------------------------------------------------------------------
-
-
-def test_a_tensor_of_the_cpu_in_the_loss_is_noticed(gpu, loaded):
-    rollout = rollout_of(gpu.model, loaded[1])
-    trainer = trainer_of(gpu.model, loaded[1])
-    for batch in next(trainer.minibatches(rollout, "token")):
-        (batch.logprobs * batch.loss_weights).sum().backward()
-        with pytest.raises(RuntimeError, match="on the CPU"):
-            batch.logprobs * batch.loss_weights.cpu()
-        assert all(p.grad.device.type == "cuda" for p in gpu.model.parameters())
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [lambda x: int(x[0]), lambda x: torch.zeros(1), lambda x: x.cpu(), lambda x: x[x > 0], lambda x: x.unique()],
-)
+@pytest.mark.parametrize("fault", [lambda x: int(x[0]), lambda x: torch.zeros(1), lambda x: x[x > 0]])
 def test_what_a_graph_cannot_hold_is_noticed(fault, gpu, loaded, monkeypatch):
     next_token = common.next_token
 
@@ -243,24 +213,3 @@ def test_what_a_graph_cannot_hold_is_noticed(fault, gpu, loaded, monkeypatch):
     monkeypatch.setattr(common, "next_token", faulty)
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
         rollout_of(gpu.model, loaded[1], sample=cuda_graphs.sample)
-
-
-def test_a_number_that_python_decides_in_a_graph_is_noticed(gpu, loaded, monkeypatch):
-    """Replaying repeats the number of the captured step, so the result is not that of the CPU."""
-    without_autocast(monkeypatch)
-    next_token = common.next_token
-    calls = []
-
-    def faulty(*inputs):
-        token, logprob, entropy = next_token(*inputs)
-        calls.append(1)
-        return token, logprob, entropy + len(calls)
-
-    monkeypatch.setattr(common, "next_token", faulty)
-    on_gpu = on_the_cpu(rollout_of(gpu.model, loaded[1], sample=cuda_graphs.sample))
-    assert len(calls) == 2 < T  # one step by itself, one that is captured
-    calls.clear()
-    gpu.model.to("cpu")
-    on_cpu = rollout_of(gpu.model, loaded[1], sample=cuda_graphs.sample)
-    with pytest.raises(AssertionError):
-        assert_same_samples(on_gpu, on_cpu)

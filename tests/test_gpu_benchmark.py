@@ -4,7 +4,6 @@ import json
 import sys
 
 import pytest
-import torch
 from pretend_gpu import pretended_gpu
 
 from benchmarks import gpu
@@ -57,9 +56,3 @@ def test_a_row_that_fails_says_why_and_the_next_ones_go_on(monkeypatch, tmp_path
     assert rows["decoding"]["note"] == "failed: ValueError: broken\non purpose"
     assert "| decoding |  | failed: ValueError: broken on purpose |" in table
     assert rows["egsw"]["value"] is None and rows["log-probs and entropy, 64 x 64: naive"]["value"] > 0
-
-
-def test_lora_is_left_out_without_peft(monkeypatch):
-    monkeypatch.setattr(gpu, "installed", lambda package: None)
-    with pytest.raises(gpu.NotMeasured, match="peft"):
-        gpu.measure_script(gpu.TINY, torch.device("cpu"), "egsw", "--lora-rank", "32")

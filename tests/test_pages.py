@@ -49,23 +49,6 @@ def test_the_scripts_accept_the_commands_of_the_sweeps(method):
             assert len(differences) == 2, differences  # the option and the name
 
 
-def test_only_what_is_between_the_marks_is_replaced():
-    once = build.page("by hand\n<!-- build: options -->\nold\n<!-- end -->\nby hand, too\n", "grpo")
-    assert once.startswith("by hand\n<!-- build: options -->\n| option | default | what it is |\n")
-    assert once.endswith(" |\n<!-- end -->\nby hand, too\n") and "old" not in once
-    assert "| `--clip-low` | 0.2 |" in once and "`--steps`" not in once
-
-
-def test_the_diff_has_every_line_of_code_that_a_function_adds_or_removes():
-    diff = build.diff("dapo")
-    assert "\n@@ overlong_punishment @@\n+def overlong_punishment(" in diff
-    assert "\n-def k3(" in diff and "@@ k3 @@" not in build.diff("dapo", "k3")
-    assert '"""' not in diff
-
-
-# --- the notebook -----------------------------------------------------------------------------------------------------
-
-
 def notebook():
     return pytest.importorskip("nbformat").read(ROOT / "docs" / "first_run.ipynb", as_version=4)
 

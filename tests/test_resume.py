@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SCRIPTS, call, error_line, lines, needs_peft, refused
+from helpers import call, error_line, lines, needs_peft, refused
 from safetensors.torch import load_file
 
 import grpo
@@ -48,9 +48,8 @@ WITH_BOTH = ("--lora-rank", 4, "--lr", 0.5, "--optimizer", "sgd", "--gradient-ch
 
 
 @pytest.mark.parametrize("name, options", [
-    *((name, ()) for name in [*SCRIPTS, "cov"]),  # cov draws random numbers of its own
-    ("grpo", WITH_SGD), pytest.param("grpo", WITH_LORA, marks=needs_peft),
-    pytest.param("grpo", WITH_BOTH, marks=needs_peft),
+    ("grpo", ()), ("dapo", ()), ("gtpo", WITH_SGD), ("cov", ()),  # cov draws random numbers of its own
+    pytest.param("egsw", WITH_LORA, marks=needs_peft), pytest.param("grpo_s", WITH_BOTH, marks=needs_peft),
 ])  # fmt: skip
 def test_two_steps_resume_two_steps_equals_four(name, options, small, tmp_path, monkeypatch):
     options = (*options, "--save-every", 1, "--minibatches", 2, "--eval-every", 1, "--warmup-steps", 6)
@@ -252,30 +251,27 @@ def test_a_full_disk_or_gpu_is_one_line_that_names_resume_only_if_there_is_a_che
     assert stop.end_with_one_line(RuntimeError("peer review of gloo"), tmp_path, 3, 0) is None  # not swallowed
 
 
-@pytest.mark.parametrize("phase, step", [("evaluate", 0), ("log", 2)])
-@pytest.mark.parametrize("number, status", [
-    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1),
-])  # fmt: skip
-def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(
-    number, status, phase, step, small, tmp_path, monkeypatch
-):
-    method, handler = getattr(run_module.Run, phase), signal.getsignal(number)
+def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(small, tmp_path, monkeypatch):
+    call(monkeypatch, "grpo", *small("--name", "whole", "--steps", 3))
+    log_2 = ("log", 2)
+    phases = {signal.SIGINT: ("evaluate", 0), signal.SIGTERM: log_2, signal.SIGHUP: ("log", 1), signal.SIGUSR1: log_2}
+    for number, (phase, step) in phases.items():
+        handler = signal.getsignal(number)
+        method = getattr(run_module.Run, phase)
 
-    def with_signal(self, *args):
-        method(self, *args)
-        if self.step == step:
-            os.kill(os.getpid(), number)
+        def with_signal(self, *args, number=number, step=step, method=method):
+            method(self, *args)
+            if self.step == step:
+                os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(run_module.Run, phase, with_signal)
-    with pytest.raises(SystemExit) as end:
-        call(monkeypatch, "grpo", *small("--name", "half", "--steps", 4))
-    assert end.value.code == status and (tmp_path / "half" / f"checkpoint-{step}").exists()
-    assert signal.getsignal(number) == handler
-    monkeypatch.setattr(run_module.Run, phase, method)
-    call(monkeypatch, "grpo", "--resume", str(tmp_path / "half"))
-    call(monkeypatch, "grpo", *small("--name", "whole", "--steps", 4))
-    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("half", "whole")]
-    assert metrics[0] == metrics[1]
+        folder = tmp_path / number.name
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(run_module.Run, phase, with_signal)
+            call(patch, "grpo", *small("--name", folder.name, "--steps", 3))
+        assert end.value.code == 128 + number and (folder / f"checkpoint-{step}").exists()
+        assert signal.getsignal(number) == handler
+        call(monkeypatch, "grpo", "--resume", str(folder))
+        assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
 def test_an_evaluation_alone_has_every_pass_at_k_and_takes_no_step(small, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,14 +13,14 @@ import time
 from dataclasses import fields
 
 import pytest
-from helpers import METHODS, ROOT, SCRIPTS, call, lines, refused, script
+from helpers import METHODS, ROOT, SCRIPTS, call, lines, refused
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_leaves_all_of_its_files(name, small, tmp_path):
-    done = script(f"{name}.py", *small("--minibatches", 2))
-    assert done.returncode == 0, done.stderr
+def test_a_run_leaves_all_of_its_files(name, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *small("--minibatches", 2)])
+    runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
     folder = tmp_path / f"{name}-1"
     metrics = lines(folder / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2]
@@ -32,7 +33,7 @@ def test_a_run_leaves_all_of_its_files(name, small, tmp_path):
     assert [row["step"] for row in json.loads((folder / "eval.json").read_text())] == [0, 2]
     assert (folder / "eval.csv").read_text().count("\n") == 3
     assert json.loads((folder / "config.json").read_text())["group_size"] == 4
-    assert "mean@2" in done.stdout and "Traceback" not in done.stderr
+    assert "mean@2" in capsys.readouterr().out
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,42 +43,21 @@ def test_a_run_leaves_all_of_its_files(name, small, tmp_path):
     assert (folder / "model" / "model.safetensors").exists() and not list(folder.glob(".model*"))
 
 
-def test_metrics_do_not_depend_on_the_token_budget_but_on_the_seed(small, tmp_path, monkeypatch):
-    for run, budget, seed in (("a", 60, 3), ("b", 10**6, 3), ("c", 10**6, 4)):
-        call(monkeypatch, "gtpo", *small("--name", run, "--token-budget", budget, "--seed", seed))
-    a, b, c = (lines(tmp_path / run / "metrics.jsonl") for run in "abc")
-    for one, other in zip(a, b, strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
-    assert b != c
-
-
-@pytest.mark.parametrize("name", ["grpo", "egsw"])
-def test_kl_is_zero_at_first_and_then_grows(name, small, tmp_path, monkeypatch):
-    call(monkeypatch, name, *small("--name", "kl", "--kl-coef", 0.1, "--lr", 1e-2, "--steps", 3))
+def test_kl_is_zero_at_first_and_then_grows(small, tmp_path, monkeypatch):
+    call(monkeypatch, "egsw", *small("--name", "kl", "--kl-coef", 0.1, "--lr", 1e-2, "--steps", 3))
     kl = [row["kl"] for row in lines(tmp_path / "kl" / "metrics.jsonl")]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
 
 
-def test_dapo_replaces_groups_without_information(small, tmp_path, monkeypatch):
-    call(monkeypatch, "dapo", *small("--name", "d", "--max-rounds", 3))
-    for row in lines(tmp_path / "d" / "metrics.jsonl"):
-        assert 1 <= row["dynamic_sampling/rounds"] <= 3 and row["dynamic_sampling/groups"] <= 6
-        assert row["dynamic_sampling/rounds"] == 3 or row["dynamic_sampling/groups"] == 6
-
-
-# --- what is refused: one line, status 2, nothing written -------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, option, value", [
     *(("egsw", option, value) for option, value in [
-        ("--group-size", 1), ("--temperature", 0), ("--temperature", "nan"), ("--weight-temperature", 0),
-        ("--steps", -1), ("--lr", -1), ("--clip-low", 0), ("--n-prompts", 0), ("--reduction", "median"),
+        ("--group-size", 1), ("--temperature", 0), ("--temperature", "nan"),
+        ("--steps", -1), ("--lr", -1), ("--n-prompts", 0), ("--reduction", "median"),
         ("--alpha", "x"), ("--colour", 1), ("--seed", -1), ("--seed", 2**63), ("--max-new-tokens", 5000),
         ("--dataset", "no-such-data"), ("--model", "no/such/folder/at all"),
         ("--name", "a/b"), ("--name", ".."), ("--name", "x" * 300), ("--name", "mine"),
         ("--out", __file__), ("--out", __file__ + "/below"),
     ]),
-    ("gtpo", "--overlong-gamma", 1.5), ("gtpo", "--overlong-gamma", 0.5), ("dapo", "--overlong-cache", 1.1),
     ("dapo", "--kl-coef", 0.1), ("gtpo", "--kl-coef", 0.1), ("grpo_s", "--kl-coef", 0.1),
 ])  # fmt: skip
 def test_wrong_options_are_refused(name, option, value, small, tmp_path, monkeypatch, capsys):

@@ -37,9 +37,6 @@ def sample_family(model):
     return common.sample(model, PROMPTS, 4, 20, [0], uniforms)
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("room", [1, 3, 16])
 def test_the_growing_cache_gives_the_bits_of_dynamic_cache(family, room, monkeypatch):
@@ -82,46 +79,21 @@ def test_only_full_attention_grows_in_place():
 
 
 def test_a_token_is_written_into_the_room_and_a_selection_of_rows_copies_no_room():
-    rng = torch.Generator().manual_seed(0)
-    layer, plain = decoder.growing_layer()(), DynamicLayer()
-
-    def update(rows, tokens):
-        keys = torch.randn(rows, 2, tokens, 8, generator=rng)
-        values = torch.randn(rows, 2, tokens, 4, generator=rng)  # some models have values of another size
-        for a, b in zip(layer.update(keys, values), plain.update(keys, values), strict=True):
-            assert torch.equal(a, b)
-
-    def select(rows):
-        layer.reorder_cache(torch.tensor(rows))
-        plain.reorder_cache(torch.tensor(rows))
-        assert torch.equal(layer.keys, plain.keys) and torch.equal(layer.values, plain.values)
-
+    layer = decoder.growing_layer()()
     layer.reorder_cache(torch.tensor([0]))  # before the first token there is nothing to select
-    update(3, 10)
-    update(3, 1)
-    memory = layer.keys.untyped_storage().data_ptr()
-    for _ in range(decoder.ROOM - 1):
-        update(3, 1)
-        assert layer.keys.untyped_storage().data_ptr() == memory  # nothing was moved
-    update(3, 1)
-    assert layer.keys.untyped_storage().data_ptr() != memory
-    n_tokens = layer.get_seq_length()
-    layer.key_buffer[:, :, n_tokens:] = torch.nan  # whoever reads the room finds it
-    select([2, 0, 0, 1])
+
+    def memory_after(tokens):
+        values = torch.randn(3, 2, tokens, 4)  # some models have values of another size than keys
+        layer.update(torch.randn(3, 2, tokens, 8), values)
+        assert torch.equal(layer.values[:, :, -tokens:], values)
+        return layer.keys.untyped_storage().data_ptr()
+
+    memory_after(10)
+    memory = memory_after(1)
+    assert [memory_after(1) == memory for _ in range(decoder.ROOM)] == [True] * (decoder.ROOM - 1) + [False]
+    layer.reorder_cache(torch.tensor([2, 0, 0, 1]))
     for tensor in (layer.keys, layer.values):
         assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
-    update(4, 1)
-    select([3])
-    update(1, 1)
-    update(1, 1)
-
-
-# --- rows and nodes ---------------------------------------------------------------------------------------------------
-
-
-def test_children_are_the_different_pairs_of_node_and_token():
-    node, token = torch.tensor([0, 0, 0, 1]), torch.tensor([5, 7, 5, 5])
-    assert [x.tolist() for x in common.choose_children(node, token)] == [[0, 0, 1], [5, 7, 5], [0, 1, 0, 2]]
 
 
 def test_a_node_runs_once_while_its_rows_are_the_same(loaded, monkeypatch):
@@ -146,9 +118,6 @@ def test_an_eos_as_first_token_ends_the_row_and_a_rollout_of_them_ends_at_once(l
     assert one.mask.tolist() == [[1.0]] and not one.finished.any()
     for rollout in (r, one):
         torch.testing.assert_close(score(model, rollout)[0], rollout.logprobs, atol=1e-5, rtol=1e-5)
-
-
-# --- the next token ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [decoder.CHUNK_ELEMENTS, common.CACHED_ELEMENTS])

@@ -24,7 +24,7 @@ import common
 import dapo
 import grpo
 import grpo_s
-from integrations.methods import SCRIPTS
+from integrations.methods import SCRIPTS, token_advantages
 from integrations.trl_trainer import SETTINGS, EntropyGRPOTrainer, trl_reward
 from more import cispo, forking
 from tasks import arithmetic
@@ -190,16 +190,24 @@ def test_losses_and_gradients_are_ours(method, options, toy, tmp_path):
     trainer = trained(cls, toy, tmp_path, steps_per_rollout=2, **more)
     check(trainer)
     assert trainer.state.log_history[1]["clip_ratio/region_mean"] > 0.01
+    A = trainer.batch.local[0]
+    std = A[trainer.batch.mask[:, : A.shape[1]] > 0].std(correction=0)
+    assert trainer.state.log_history[0]["advantages/std"] == pytest.approx(float(std), rel=1e-5)
 
 
-def test_a_reward_function_of_ones_own_sees_completion_and_row(toy, tmp_path):
+def test_a_reward_function_of_ones_own_sees_completion_and_row(toy, tmp_path, monkeypatch):
+    """With a version of TRL that was not tested, which is a warning."""
+    monkeypatch.setattr("trl.__version__", "9.0.0")
     seen = []
 
     def short(completion, row):
         seen.append((completion, row))
         return 1 / (1 + len(completion))
 
-    trainer = trained(EntropyGRPOTrainer, toy, tmp_path, reward=trl_reward(short), method="gtpo", **SETTINGS["gtpo"])
+    with pytest.warns(UserWarning, match=r"tested with TRL 1\.16, and this is 9\.0\.0"):
+        trainer = trained(
+            EntropyGRPOTrainer, toy, tmp_path, reward=trl_reward(short), method="gtpo", **SETTINGS["gtpo"]
+        )
     assert "rewards/short/mean" in trainer.state.log_history[0]
     for completion, row in seen:
         assert isinstance(completion, str) and set(row) == {"answer"}
@@ -261,22 +269,15 @@ def test_settings_are_the_scripts_defaults():
         assert (given["epsilon"], given["epsilon_high"]) == (default.clip_low, default.clip_high)
 
 
-class OwnAdvantages(EntropyGRPOTrainer):
-    """A subclass or a patch that computes TRL's advantages after all."""
+def with_own_advantages(change):
+    """As if a subclass or a patch computed TRL's advantages after all."""
 
-    def _generate_and_score_completions(self, inputs):
-        out = super()._generate_and_score_completions(inputs)
-        return out | {"advantages": self.theirs(out["advantages"])}
+    class OwnAdvantages(EntropyGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            out = super()._generate_and_score_completions(inputs)
+            return out | {"advantages": change(out["advantages"])}
 
-
-class OneForEachRow(OwnAdvantages):
-    def theirs(self, advantages):
-        return advantages[:, 0]
-
-
-class OthersOfTheSameShape(OwnAdvantages):
-    def theirs(self, advantages):
-        return advantages + 1
+    return OwnAdvantages
 
 
 class LossWithout(EntropyGRPOTrainer):
@@ -284,24 +285,12 @@ class LossWithout(EntropyGRPOTrainer):
         return super()._compute_loss(model, inputs | {"advantages": self._rewards[: len(inputs["advantages"])]})
 
 
-@pytest.mark.parametrize("bypass", [OneForEachRow, OthersOfTheSameShape, LossWithout])
+@pytest.mark.parametrize("bypass", [
+    with_own_advantages(lambda A: A[:, 0]), with_own_advantages(lambda A: A + 1), LossWithout,
+])  # fmt: skip
 def test_a_loss_that_goes_around_the_advantages_is_refused(bypass, toy, tmp_path):
     with pytest.raises(RuntimeError, match="the loss does not use the advantages"):
         trained(bypass, toy, tmp_path, method="gtpo", **SETTINGS["gtpo"])
-
-
-def test_the_standard_deviation_of_the_advantages_is_logged(toy, tmp_path):
-    trainer = trained(recorder(EntropyGRPOTrainer, partial(token_loss, "gtpo", {})), toy, tmp_path, method="gtpo",
-                      steps_per_rollout=2, **SETTINGS["gtpo"])  # fmt: skip
-    batch = trainer.batch
-    expected = batch.local[0][batch.mask[:, : batch.local[0].shape[1]] > 0].std(correction=0)
-    assert trainer.state.log_history[0]["advantages/std"] == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_a_version_of_trl_that_was_not_tested_is_named(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl.__version__", "9.0.0")
-    with pytest.warns(UserWarning, match=r"tested with TRL 1\.16, and this is 9\.0\.0"):
-        trained(EntropyGRPOTrainer, toy, tmp_path, method="gtpo", **SETTINGS["gtpo"])
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
@@ -323,28 +312,22 @@ def test_masked_and_unscored_rows_leave_no_trace(method, toy, tmp_path):
     torch.testing.assert_close(A[kept], SCRIPTS[method].token_advantages(*fields)[:, : A.shape[1]])
 
 
-@pytest.mark.parametrize(
-    "method, wrong",
-    [
-        ("grpo_s", dict(importance_sampling_level="token")),
-        ("egsw", dict(beta=0.1)),
-        ("gtpo", dict(scale_rewards="none")),
-        ("gtpo", dict(multi_objective_aggregation="normalize_then_sum")),
-        ("gtpo", dict(method_options=dict(alpha=1.0))),
-        ("gtpo", dict(method_options=dict(reduction="sequence"))),
-        ("grpo_s", dict(method_options=dict(lr=1.0))),
-        ("grpo_s", dict(method_options=dict(entropy_mean="geometrical"))),
-        ("gtpo", dict(method_options=dict(entropy_min=0))),
-        ("gtpo", dict(method_options=dict(alpha2=-0.1))),
-    ],
-)
-def test_what_would_be_another_method_is_refused(method, wrong, toy, tmp_path):
-    name = next(iter(wrong.get("method_options", wrong)))
+@pytest.mark.parametrize("method, name, value", [
+    ("grpo_s", "importance_sampling_level", "token"), ("egsw", "beta", 0.1), ("gtpo", "scale_rewards", "none"),
+    ("gtpo", "multi_objective_aggregation", "normalize_then_sum"),
+])  # fmt: skip
+def test_settings_of_another_method_are_refused(method, name, value, toy, tmp_path):
     with pytest.raises(ValueError, match=f"wrong: {name}$"):
-        trained(EntropyGRPOTrainer, toy, tmp_path, method=method, **SETTINGS[method] | wrong)
+        trained(EntropyGRPOTrainer, toy, tmp_path, method=method, **SETTINGS[method] | {name: value})
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method, name, value", [
+    ("gtpo", "alpha", 1.0), ("gtpo", "reduction", "sequence"), ("grpo_s", "lr", 1.0),
+    ("grpo_s", "entropy_mean", "geometrical"), ("gtpo", "entropy_min", 0), ("gtpo", "alpha2", -0.1),
+])  # fmt: skip
+def test_wrong_options_of_a_method_are_refused(method, name, value):
+    with pytest.raises(ValueError, match=f"wrong: {name}$"):
+        token_advantages(method, {name: value})
 
 
 def worker(toy, out):

@@ -1,7 +1,6 @@
 """tasks/word_problems.py: its problems, its warm start, and the commands that it prints."""
 
 import importlib.util
-import json
 import random
 import re
 import shlex
@@ -10,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import call, error_line, lines
+from helpers import call, lines, write_lines
 
 import common
 from harness import data, tiny
@@ -23,11 +22,6 @@ SMALL = dict(steps=2, batch_size=4)
 def prompt_of(tokenizer, question, system):
     messages = [{"role": "user", "content": question}]
     return data.prompt_ids(tokenizer, data.prompt_text(tokenizer, messages, system, ""))
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def problem_rows(n):
@@ -57,27 +51,20 @@ def instruct(tmp_path_factory):
     return str(folder)
 
 
-# --- the problems -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "equation, answer, worked",
-    [
-        ("( 8.0 - 3.0 )", "5.0", "8 - 3 = 5\n#### 5"),
-        ("( ( 2.0 + 3.0 ) * 4.0 )", "20.0", "2 + 3 = 5\n5 * 4 = 20\n#### 20"),
-        ("( 7.0 + ( 5.0 - 9.0 ) )", "3", "5 - 9 = -4\n7 + -4 = 3\n#### 3"),
-        ("( ( 24.0 / 16.0 ) * 28.0 )", "42.0", "24 / 16 = 1.5\n1.5 * 28 = 42\n#### 42"),
-        ("( 134867.0 + 424944.0 )", "559811.0", "134867 + 424944 = 559811\n#### 559811"),
-    ],
-)
+@pytest.mark.parametrize("equation, answer, worked", [
+    ("( 8.0 - 3.0 )", "5.0", "8 - 3 = 5\n#### 5"),
+    ("( ( 2.0 + 3.0 ) * 4.0 )", "20.0", "2 + 3 = 5\n5 * 4 = 20\n#### 20"),
+    ("( 7.0 + ( 5.0 - 9.0 ) )", "3", "5 - 9 = -4\n7 + -4 = 3\n#### 3"),
+    ("( ( 24.0 / 16.0 ) * 28.0 )", "42.0", "24 / 16 = 1.5\n1.5 * 28 = 42\n#### 42"),
+    ("( 134867.0 + 424944.0 )", "559811.0", "134867 + 424944 = 559811\n#### 559811"),
+])  # fmt: skip
 def test_an_equation_becomes_a_worked_answer(equation, answer, worked):
     assert word_problems.worked_answer(equation, answer) == worked
 
 
-@pytest.mark.parametrize(
-    "equation, answer",
-    [("( 8.0 - 3.0 )", "1.0"), ("8 - x", "5"), ("( 8.0 / 0.0 )", "0"), ("", "5"), ("( 1 - 0 )", "None")],
-)
+@pytest.mark.parametrize("equation, answer", [
+    ("( 8.0 - 3.0 )", "1.0"), ("8 - x", "5"), ("( 8.0 / 0.0 )", "0"), ("", "5"), ("( 1 - 0 )", "None"),
+])  # fmt: skip
 def test_an_equation_that_does_not_give_the_answer_is_refused(equation, answer):
     with pytest.raises((ValueError, ZeroDivisionError)):
         word_problems.worked_answer(equation, answer)
@@ -89,7 +76,7 @@ def test_columns_of_svamp_are_joined_and_bad_rows_dropped(tmp_path, capsys):
         {"Body": "If Ben had 8 plums and ate 3", "Question": "How many are left?", "Equation": "( 8.0 - 3.0 )"},
         {"Body": "Cem had 8 plums.", "Question": "How many?", "Equation": "( 8.0 + 3.0 )"},
     ]
-    path = write_rows(tmp_path / "rows.jsonl", [{**row, "Answer": 5.0, "ID": "x"} for row in rows])
+    path = write_lines(tmp_path / "rows.jsonl", [{**row, "Answer": 5.0, "ID": "x"} for row in rows])
     problems = word_problems.read_problems("--dataset x", path, "train")
     assert problems is not None
     assert [problem["question"] for problem in problems] == [
@@ -101,12 +88,12 @@ def test_columns_of_svamp_are_joined_and_bad_rows_dropped(tmp_path, capsys):
 
 
 def test_parts_share_no_question_and_annotations_are_gone(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", problem_rows(20))
+    path = write_lines(tmp_path / "rows.jsonl", problem_rows(20))
     parts = word_problems.three_parts(path, None)
     assert [len(part) for part in parts] == [8, 8, 4]
     assert len({problem["question"] for part in parts for problem in part}) == 20
     assert "<<" not in str(parts) and parts[0][0]["answer"].endswith(" = 17\n#### 17")
-    test = write_rows(tmp_path / "test.jsonl", problem_rows(3))
+    test = write_lines(tmp_path / "test.jsonl", problem_rows(3))
     assert [len(part) for part in word_problems.three_parts(path, test)] == [8, 9, 3]
 
 
@@ -119,9 +106,6 @@ def test_sums_are_right_and_of_every_kind():
             assert word_problems.OPERATORS[sign](Fraction(left), Fraction(right)) == int(result)
             signs += sign
     assert all(signs.count(sign) > 300 for sign in "-+*/")
-
-
-# --- the base and the commands ----------------------------------------------------------------------------------------
 
 
 def test_the_warm_start_learns_the_answers_and_only_them(instruct):
@@ -145,7 +129,7 @@ def run_main(monkeypatch, *options):
 
 
 def test_base_and_data_are_made_once_and_the_printed_commands_run(instruct, tmp_path, monkeypatch, capsys):
-    dataset = write_rows(tmp_path / "rows.jsonl", problem_rows(20))
+    dataset = write_lines(tmp_path / "rows.jsonl", problem_rows(20))
     out = tmp_path / "wp"
     run_main(monkeypatch, "--model", instruct, "--dataset", dataset, "--out", out)
     printed = capsys.readouterr().out
@@ -158,7 +142,7 @@ def test_base_and_data_are_made_once_and_the_printed_commands_run(instruct, tmp_
     made = (out / "base" / "model.safetensors").stat().st_mtime_ns
     run_main(monkeypatch, "--model", instruct, "--dataset", dataset, "--out", out)
     assert (out / "base" / "model.safetensors").stat().st_mtime_ns == made
-    other = write_rows(tmp_path / "other.jsonl", problem_rows(19))  # other problems in the warm start: another base
+    other = write_lines(tmp_path / "other.jsonl", problem_rows(19))  # other problems in the warm start: another base
     run_main(monkeypatch, "--model", instruct, "--dataset", other, "--out", out)
     assert (out / "base" / "model.safetensors").stat().st_mtime_ns > made
 
@@ -167,7 +151,7 @@ def test_an_interrupted_warm_start_leaves_no_half_base(instruct, tmp_path, monke
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    dataset = write_rows(tmp_path / "rows.jsonl", problem_rows(20))
+    dataset = write_lines(tmp_path / "rows.jsonl", problem_rows(20))
     out = tmp_path / "wp"
     monkeypatch.setattr(word_problems, "warm_start", interrupt)
     with pytest.raises(SystemExit) as stop:
@@ -179,32 +163,24 @@ def test_an_interrupted_warm_start_leaves_no_half_base(instruct, tmp_path, monke
 GOOD = {"question": "1+1?", "answer": "1 + 1 = 2\n#### 2"}
 
 
-@pytest.mark.parametrize(
-    "rows, options, message",
-    [
-        ([], [], "--dataset ROWS: it is empty"),
-        ([{"question": "1+1?"}], [], "--answer-column"),
-        ([GOOD], [], "are left to train on"),
-        ([GOOD, {"question": "2+1?", "answer": "3"}], [], "an answer must be worked"),
-        ([GOOD], ["--eval-dataset", "missing.jsonl"], "--eval-dataset missing.jsonl: there is no file"),
-        ([{"Body": "a", "Question": "b?", "Equation": "x", "Answer": "1"}], [], "in none of its 1 rows"),
-        (problem_rows(9), ["--model", "/nowhere"], "--model /nowhere"),
-    ],
-)
-def test_bad_input_is_one_line(rows, options, message, tmp_path, monkeypatch, capsys):
-    dataset = write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(SystemExit) as stop:
-        run_main(monkeypatch, "--dataset", dataset, "--out", tmp_path / "wp", *options)
-    assert stop.value.code == 2
-    assert message.replace("ROWS", dataset) in error_line(capsys)
+@pytest.mark.parametrize("rows, options, message", [
+    ([], [], "--dataset ROWS: it is empty"), ([{"question": "1+1?"}], [], "--answer-column"),
+    ([GOOD], [], "are left to train on"),
+    ([GOOD, {"question": "2+1?", "answer": "3"}], [], "an answer must be worked"),
+    ([GOOD], ["--eval-dataset", "missing.jsonl"], "--eval-dataset missing.jsonl: there is no file"),
+    ([{"Body": "a", "Question": "b?", "Equation": "x", "Answer": "1"}], [], "in none of its 1 rows"),
+    (problem_rows(9), ["--model", "/nowhere"], "--model /nowhere"),
+])  # fmt: skip
+def test_bad_input_is_one_line(rows, options, message, tmp_path, monkeypatch, refusal):
+    dataset = write_lines(tmp_path / "rows.jsonl", rows)
+    said = refusal(run_main, monkeypatch, "--dataset", dataset, "--out", tmp_path / "wp", *options)
+    assert message.replace("ROWS", dataset) in said
     assert not [*(tmp_path / "wp").glob("**/*")]
 
 
-def test_a_missing_or_damaged_package_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_missing_or_damaged_package_is_one_line(tmp_path, monkeypatch, refusal):
     monkeypatch.setattr(word_problems, "PACKAGE", "package_with_a_model")
-    with pytest.raises(SystemExit):
-        word_problems.packaged_model()
-    assert "pip install gguf" in error_line(capsys)
+    assert "pip install gguf" in refusal(word_problems.packaged_model)
     folder = tmp_path / "package_with_a_model"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise ImportError('the file must not be imported')")
@@ -214,24 +190,21 @@ def test_a_missing_or_damaged_package_is_one_line(tmp_path, monkeypatch, capsys)
     for content in (None, b"GGUF and no more"):
         if content is not None:
             (folder / "model.gguf").write_bytes(content)
-        with pytest.raises(SystemExit):
-            word_problems.packaged_model()
-        assert str(folder) in error_line(capsys)
+        assert str(folder) in refusal(word_problems.packaged_model)
 
 
 @pytest.mark.slow
 def test_the_packaged_model_speaks_and_spells():
     """The real one, where its package is installed."""
-    for name in (word_problems.PACKAGE, "gguf"):
-        pytest.importorskip(name) if name == "gguf" else importlib.util.find_spec(name) or pytest.skip(f"needs {name}")
+    if not importlib.util.find_spec("gguf") or not importlib.util.find_spec(word_problems.PACKAGE):
+        pytest.skip(f"needs gguf and {word_problems.PACKAGE}")
     model, tokenizer = word_problems.packaged_model()
     check_logprobs(model)
     for text in ("56 * 9 = 504\n#### 504", "a  12 b\n\n3 é中"):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
-        assert [tokenizer.decode([i]) for i in ids if any(c.isdigit() for c in tokenizer.decode([i]))] == [
-            c for c in text if c.isdigit()
-        ]
+        pieces = [tokenizer.decode([i]) for i in ids]
+        assert all(len(piece) == 1 for piece in pieces if re.search(r"\d", piece))  # a token for each digit
     assert stop_ids(model, tokenizer) == tokenizer("<|im_end|>")["input_ids"]
     prompt = prompt_of(tokenizer, "What is the capital of France?", "")
     rollout = common.sample(model, [prompt], 1, 20, stop_ids(model, tokenizer), None)
