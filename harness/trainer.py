@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import common
 from common import Rollout, concatenate
-from harness import cuda_graphs, decoder, distributed, lora, rewards
-from harness.model import load_policy, new_optimizer, stop_ids
+from harness import cuda_graphs, decoder, distributed, rewards
+from harness.model import adapters_off, load_policy, new_optimizer, stop_ids
 from harness.options import RunConfig
 
 
@@ -268,7 +268,7 @@ class Trainer:
         without its adapters, else a second model, which is loaded at the first call."""
         plans = self.plan(rollout, torch.arange(len(rollout), device=self.device))
         if self.cfg.lora_rank:
-            with lora.adapters_off(self.model):
+            with adapters_off(self.model):
                 logprobs = self.score(self.model, rollout, plans)
         else:
             if self.reference_model is None:
