@@ -46,9 +46,10 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         turn_off_noise(config)
-        options: dict[str, Any] = dict(dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-        options["output_loading_info"] = True
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )  # fmt: skip
         model, loading_info = loaded
         check_weights(model, loading_info)
         model.to(device)
@@ -265,19 +266,14 @@ def save_merged(model, folder: Path) -> None:
     than the distance between two bf16 numbers."""
     from peft.tuners.lora import Linear
 
-    weights = model.state_dict()
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied weight has one name here
     merged: dict[str, Tensor] = {}
-    for name, weight in weights.items():
+    for name, weight in model.state_dict().items():
         if name in names and ".lora_" not in name:
             merged[name.replace(".base_layer.", ".")] = weight.float().cpu()
     for name, layer in model.named_modules():
         if isinstance(layer, Linear):
-            A = weights[f"{name}.lora_A.{ADAPTER}.weight"].cpu()  # [rank, in]
-            B = weights[f"{name}.lora_B.{ADAPTER}.weight"].cpu()  # [out, rank]
-            difference = layer.scaling[ADAPTER] * (B @ A)  # [out, in]
-            if layer.fan_in_fan_out:  # GPT-2 holds its weights transposed
-                difference = difference.T
+            difference = layer.get_delta_weight(ADAPTER).cpu()  # (alpha / rank) B A, in the layout of the weight
             merged[f"{name}.weight"] = merged[f"{name}.weight"] + difference  # not in place: it may be the model's own
     model.save_pretrained(folder, state_dict=merged)
     model.config.dtype = "float32"
