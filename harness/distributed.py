@@ -108,15 +108,6 @@ def all_reduce(tensor: Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def sum_by_name(numbers: dict[str, float]) -> dict[str, float]:
-    """The sum over the processes of each named number. A process without rows has no names."""
-    sums: dict[str, float] = {}
-    for part in all_gather(numbers):
-        for name, number in part.items():
-            sums[name] = sums.get(name, 0.0) + number
-    return sums
-
-
 def all_reduce_gradients(model) -> None:
     """Makes every .grad the sum over the processes. A process without rows has no gradients: it adds zeros. A parameter
     without gradient in all processes stays without, so the optimizer passes over it."""

@@ -15,16 +15,34 @@ model in model/, with LoRA also adapter/; with --eval-every, in best/, that of t
 checkpoint-N/, from which --resume goes on; curves.png.
 
 `torchrun --nproc-per-node N` runs the same loop in N processes (harness/distributed.py). Every process makes the same
-decisions; process 0 writes. harness/stop.py lists how a run can end, and its exit status.
+decisions; process 0 writes. How a run can end before its last step:
+
+| what happens | exit status | what is saved |
+|---|---|---|
+| Ctrl-C (SIGINT) | 130 | everything, after the current step |
+| SIGTERM | 143 | everything, after the current step |
+| a closed terminal (SIGHUP) | 129 | everything, after the current step |
+| SIGUSR1, which batch systems send before their limit | 128 + its number | everything, after the current step |
+| a second signal, at least a second later | as the first | what was saved before |
+| updates that are not finite, three steps in a row | 1 | everything: the weights are still good |
+| another process of torchrun has died | 1 | what was saved before |
+| the disk is full | 1 | what was saved before |
+| a GPU is out of memory | 1 | what was saved before |
+| wrong options or input | 2 | nothing: the run has not begun |
+| the --reward function has failed | 2 | what was saved before |
 """
 
 import csv
 import dataclasses
+import errno
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,14 +50,16 @@ from typing import Any
 import torch
 
 from common import Rollout
-from harness import data, distributed, files, lora, reporting, rewards, stop
-from harness.model import describe_size, load_policy
+from harness import data, distributed, files, reporting, rewards
+from harness.model import describe_size, load_policy, save_adapters, save_merged
 from harness.options import RunConfig, check_options, fail, first_line, resolve_defaults
 from harness.trainer import Trainer
 from tasks import arithmetic
 
 MAX_BAD_STEPS = 3  # this many steps in a row with a skipped update end the run
 N_LOGGED_COMPLETIONS = 4  # of each step, in completions.jsonl
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Run(Trainer):
@@ -70,7 +90,7 @@ class Run(Trainer):
         self.saved_step = -1  # of the last checkpoint
         self.evaluations: list[dict] = []
         self.history: list[dict] = []  # the metrics of every step
-        self.signals = stop.Signals()
+        self.signals = Signals()
         self.exit_status = 0  # not 0: the run stops after this step, because of a signal or of bad steps
         self.progress: Any = None  # the bar of tqdm
         folder = Path(cfg.resume) if cfg.resume else None
@@ -98,7 +118,7 @@ class Run(Trainer):
         if error is None or (error_type is SystemExit and self.exit_status):  # all processes come here together
             distributed.finish()
         else:
-            stop.end_with_one_line(error, self.folder, self.step, self.signals.status)
+            end_with_one_line(error, self.folder, self.step, self.signals.status)
 
     def steps(self) -> Iterator[int]:
         """Yields the number of each step. Evaluates before the first and after the last one, then saves and reports."""
@@ -134,7 +154,7 @@ class Run(Trainer):
         if self.is_main:
             files.write_folder(self.folder / "model", self.write_model)
             if cfg.lora_rank:
-                files.write_folder(self.folder / "adapter", lambda folder: lora.save_adapters(self.model, folder))
+                files.write_folder(self.folder / "adapter", lambda folder: save_adapters(self.model, folder))
         self.report()
 
     def signal_of_any_process(self) -> int:
@@ -257,7 +277,7 @@ class Run(Trainer):
 
         def write(folder: Path) -> None:
             if self.cfg.lora_rank:
-                lora.save_adapters(self.model, folder)
+                save_adapters(self.model, folder)
             else:
                 self.write_model(folder)
             torch.save(state, folder / "state.pt")
@@ -271,7 +291,7 @@ class Run(Trainer):
     def write_model(self, folder: Path) -> None:
         """Writes model (with its adapters merged) and tokenizer into a folder."""
         if self.cfg.lora_rank:
-            lora.save_merged(self.model, folder)
+            save_merged(self.model, folder)
         else:
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -296,3 +316,60 @@ class Run(Trainer):
             files.cut_back(self.folder, self.step)
             if (self.folder / "metrics.jsonl").exists():
                 self.history = files.read_lines(self.folder / "metrics.jsonl")
+
+
+# --- how a run ends before its last step ------------------------------------------------------------------------------
+
+
+class Signals:
+    """Between catch() and release(), the first signal only sets `status`, the exit status that it asks for. The run
+    looks at it after each step. A second signal raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.status = 0  # 0: there was no signal
+        self.time = 0.0  # of the first signal
+
+    def catch(self) -> None:
+        self.handlers = {}
+        for number in SIGNALS:
+            under_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if not under_nohup:
+                self.handlers[number] = signal.signal(number, self.handle)
+
+    def release(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame) -> None:
+        if not self.status:
+            self.status = 128 + number
+            self.time = time.monotonic()
+            if distributed.rank() == 0:
+                print("\nstopping after this step; a second signal stops at once", file=sys.stderr)
+        elif time.monotonic() - self.time > 1:  # within a second it is the same Ctrl-C, sent on by torchrun
+            raise KeyboardInterrupt
+
+
+def end_with_one_line(error: BaseException, folder: Path, step: int, signal_status: int) -> None:
+    """Ends the program with one line and the exit status of the table above, if the error is in it. Otherwise does
+    nothing, so that the error goes on."""
+    way_out = "no checkpoint was written yet (--save-every)"
+    if files.checkpoints(folder):
+        way_out = f"go on with --resume {folder}"
+    if distributed.peer_lost(error):
+        print(f"error: process {distributed.rank()} lost another one in step {step}; {way_out}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # not sys.exit: what is left of the process group might wait for the lost process
+    if isinstance(error, rewards.RewardError):
+        message, details = error.args
+        fail(f"{message}; {way_out}", details)
+    if isinstance(error, KeyboardInterrupt):
+        print(f"stopped in step {step}; {folder} holds what was saved before it", file=sys.stderr)
+        raise SystemExit(signal_status or 130) from None
+    if getattr(error, "errno", None) in DISK_FULL or "no space left" in str(error).lower():  # safetensors has no errno
+        print(f"error: the disk of {folder} is full: make room; {way_out}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if isinstance(error, torch.OutOfMemoryError):
+        print(f"error: out of GPU memory in step {step}: give a smaller --rollout-rows or --token-budget, or "
+              f"--gradient-checkpointing; {way_out}", file=sys.stderr)  # fmt: skip
+        raise SystemExit(1) from None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from harness import files
 
@@ -62,25 +63,37 @@ def new_model(tokenizer, seed: int, shape: dict | None = None):
         )
 
 
-def warm_start(
-    model, tokenizer, demonstrations: Callable[[random.Random, int], tuple[list[str], list[str]]],
-    steps: int, batch_size: int, lr: float, warmup: int, seed: int,
-) -> None:  # fmt: skip
-    """Supervised training of `model`, in place, on demonstrations; the loss is on the completion alone.
-
-    demonstrations(rng, n) gives n questions and n completions. warmup: steps over which the learning rate rises.
-    """
+def supervise(model, next_loss: Callable[[], Tensor], steps: int, lr: float, warmup: int) -> None:
+    """Supervised training of `model`, in place. next_loss() gives the loss of the next batch. The learning rate rises
+    over `warmup` steps and then falls to zero: a base that stops at a high one has a huge gradient in one direction,
+    the same in every batch, which drowns the RL signal."""
     from tqdm import tqdm
 
-    rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    # The learning rate ends at zero: a base that stops at a high one has a huge gradient in one direction, the same in
-    # every batch, which drowns the RL signal.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * n / steps))
     )
     model.train()
-    for _ in tqdm(range(steps), desc="warm start of the base model", unit="step"):
+    progress = tqdm(range(steps), desc="warm start of the base model", unit="step")
+    for _ in progress:
+        loss = next_loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+
+
+def warm_start(
+    model, tokenizer, demonstrations: Callable[[random.Random, int], tuple[list[str], list[str]]],
+    steps: int, batch_size: int, lr: float, warmup: int, seed: int,
+) -> None:  # fmt: skip
+    """Supervised training of `model`, in place, on demonstrations: demonstrations(rng, n) gives n questions and n
+    completions. The loss is on the completion alone. For the rest see `supervise`."""
+    rng = random.Random(seed)
+
+    def next_loss() -> Tensor:
         questions, completions = demonstrations(rng, batch_size)
         prompts = tokenizer(questions)["input_ids"]
         answers = tokenizer([text + tokenizer.eos_token for text in completions])["input_ids"]
@@ -91,12 +104,9 @@ def warm_start(
             ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
             is_answer[i, len(prompt) : len(prompt) + len(answer)] = True
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[is_answer[:, 1:]]
-        loss = F.cross_entropy(logits, ids[:, 1:][is_answer[:, 1:]])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        return F.cross_entropy(logits, ids[:, 1:][is_answer[:, 1:]])
+
+    supervise(model, next_loss, steps, lr, warmup)
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import common
 from common import Rollout, concatenate
-from harness import cuda_graphs, decoder, distributed, lora, rewards
-from harness.model import load_policy, new_optimizer, stop_ids
+from harness import cuda_graphs, decoder, distributed, rewards
+from harness.model import adapters_off, load_policy, new_optimizer, stop_ids
 from harness.options import RunConfig
 
 
@@ -42,107 +42,14 @@ class MicroBatch:
     loss_weights: Tensor  # [b, T] sum(loss * loss_weights) over the whole minibatch is the mean that --reduction names
 
 
-# --- how an update is cut into pieces ---------------------------------------------------------------------------------
-
-
 @dataclass
 class Plan:
-    """A micro-batch before the model runs on it. The log-probs of `rows` are those of scored_rows[unique_index]."""
+    """A micro-batch before the model runs on it: see plan_microbatches. The log-probs of `rows` are those of
+    scored_rows[unique_index]."""
 
     scored_rows: Tensor  # [u] rows with different completions
     rows: Tensor  # [b] all rows that have one of these completions
     unique_index: Tensor  # [b] for each of `rows`, which of scored_rows has its completion
-
-
-def unique_completions(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows with different completions, one for each: representatives [u], and for each of rows [n] the index of its
-    completion among them [n].
-
-    Equal completions of one prompt have equal log-probs, so scoring one of them is enough. They are common where the
-    policy is sure.
-
-    Example: rows 7, 8 and 9 of one prompt read "5", "4" and "5" -> representatives [8, 7], indices [1, 0, 1].
-    """
-    tokens = torch.where(rollout.mask[rows] > 0, rollout.completion_ids[rows], -1)  # [n, T] padding must not count
-    keys = torch.cat([rollout.group[rows, None], tokens], 1)  # [n, 1 + T]
-    _, unique_index = keys.unique(dim=0, return_inverse=True)  # sorted by prompt, then by tokens
-    n_unique = int(unique_index.max()) + 1
-    index = torch.arange(len(rows), device=rows.device)
-    first = torch.full((n_unique,), len(rows), device=rows.device).scatter_reduce(0, unique_index, index, "amin")  # [u]
-    return rows[first], unique_index
-
-
-@dataclass
-class Completion:
-    """What the model must run to score a completion."""
-
-    index: int
-    prompt: int  # completions with the same number share one run of their prompt
-    prompt_tokens: int
-    tokens: int
-
-
-def in_order_of_length(completions: list[Completion]) -> list[Completion]:
-    """The longest first, so that the rows of a micro-batch need little padding. Completions of a prompt stay together,
-    where the longest of them belongs."""
-    longest: dict[int, int] = {}
-    for c in completions:
-        longest[c.prompt] = max(longest.get(c.prompt, 0), c.prompt_tokens + c.tokens)
-    return sorted(completions, key=lambda c: (-longest[c.prompt], c.prompt, -c.tokens))
-
-
-def share_of_process(completions: list[Completion], process: int, n_processes: int) -> list[Completion]:
-    """A stretch of the list for each process, with about the same number of tokens. So most prompts stay in one."""
-    previous = [-1, *(c.prompt for c in completions)]  # the prompt of the completion before
-    costs = [c.tokens + c.prompt_tokens * (c.prompt != p) for c, p in zip(completions, previous, strict=False)]
-    ends = list(itertools.accumulate(costs))
-    return [c for c, end in zip(completions, ends, strict=True) if (end * n_processes - 1) // ends[-1] == process]
-
-
-def cost(completions: list[Completion]) -> int:
-    """Tokens that the model runs on: each prompt once, and each completion, both padded to the longest."""
-    n_prompts = len({c.prompt for c in completions})
-    return n_prompts * max(c.prompt_tokens for c in completions) + len(completions) * max(c.tokens for c in completions)
-
-
-def cut(completions: list[Completion], token_budget: int) -> list[list[Completion]]:
-    """Stretches of the list that cost at most token_budget tokens each, or hold a single completion."""
-    parts: list[list[Completion]] = []
-    for c in completions:
-        if parts and cost([*parts[-1], c]) <= token_budget:
-            parts[-1].append(c)
-        else:
-            parts.append([c])
-    return parts
-
-
-def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int, share_prompts: bool) -> list[Plan]:
-    """This process's micro-batches of these rows. share_prompts: the model runs a prompt once for all its completions
-    in a micro-batch; otherwise it runs prompt and completion of every row."""
-    if len(rows) == 0:
-        return []
-    unique_rows, unique_index = unique_completions(rollout, rows)
-    completions = []
-    groups = rollout.group[unique_rows].tolist()
-    prompt_tokens = rollout.prompt_lengths[unique_rows].tolist()
-    tokens = rollout.completion_lengths()[unique_rows].long().tolist()
-    for index, group in enumerate(groups):
-        prompt = group if share_prompts else index
-        completions.append(Completion(index, prompt, prompt_tokens[index], tokens[index]))
-    mine = share_of_process(in_order_of_length(completions), distributed.rank(), distributed.world_size())
-
-    plans = []
-    for part in cut(mine, token_budget):
-        indices = torch.tensor([c.index for c in part], device=rows.device)  # [u] of the part's completions
-        index_in_part = torch.full_like(unique_rows, -1)  # -1: not in this part
-        index_in_part[indices] = torch.arange(len(part), device=rows.device)
-        index_of_row = index_in_part[unique_index]  # [n]
-        in_part = index_of_row >= 0
-        plans.append(Plan(unique_rows[indices], rows[in_part], index_of_row[in_part]))
-    return plans
-
-
-# --- the step ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -268,7 +175,7 @@ class Trainer:
         without its adapters, else a second model, which is loaded at the first call."""
         plans = self.plan(rollout, torch.arange(len(rollout), device=self.device))
         if self.cfg.lora_rank:
-            with lora.adapters_off(self.model):
+            with adapters_off(self.model):
                 logprobs = self.score(self.model, rollout, plans)
         else:
             if self.reference_model is None:
@@ -398,3 +305,94 @@ class Trainer:
     def add_seconds(self, phase: str, start: float) -> None:
         """Adds the time since `start` to the seconds of a phase."""
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 4)
+
+
+# --- how an update is cut into pieces ---------------------------------------------------------------------------------
+
+
+def unique_completions(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with different completions, one for each: representatives [u], and for each of rows [n] the index of its
+    completion among them [n].
+
+    Equal completions of one prompt have equal log-probs, so scoring one of them is enough. They are common where the
+    policy is sure.
+
+    Example: rows 7, 8 and 9 of one prompt read "5", "4" and "5" -> representatives [8, 7], indices [1, 0, 1].
+    """
+    tokens = torch.where(rollout.mask[rows] > 0, rollout.completion_ids[rows], -1)  # [n, T] padding must not count
+    keys = torch.cat([rollout.group[rows, None], tokens], 1)  # [n, 1 + T]
+    _, unique_index = keys.unique(dim=0, return_inverse=True)  # sorted by prompt, then by tokens
+    n_unique = int(unique_index.max()) + 1
+    index = torch.arange(len(rows), device=rows.device)
+    first = torch.full((n_unique,), len(rows), device=rows.device).scatter_reduce(0, unique_index, index, "amin")  # [u]
+    return rows[first], unique_index
+
+
+@dataclass
+class Completion:
+    """What the model must run to score a completion."""
+
+    index: int
+    prompt: int  # completions with the same number share one run of their prompt
+    prompt_tokens: int
+    tokens: int
+
+
+def in_order_of_length(completions: list[Completion]) -> list[Completion]:
+    """The longest first, so that the rows of a micro-batch need little padding. Completions of a prompt stay together,
+    where the longest of them belongs."""
+    longest: dict[int, int] = {}
+    for c in completions:
+        longest[c.prompt] = max(longest.get(c.prompt, 0), c.prompt_tokens + c.tokens)
+    return sorted(completions, key=lambda c: (-longest[c.prompt], c.prompt, -c.tokens))
+
+
+def share_of_process(completions: list[Completion], process: int, n_processes: int) -> list[Completion]:
+    """A stretch of the list for each process, with about the same number of tokens. So most prompts stay in one."""
+    previous = [-1, *(c.prompt for c in completions)]  # the prompt of the completion before
+    costs = [c.tokens + c.prompt_tokens * (c.prompt != p) for c, p in zip(completions, previous, strict=False)]
+    ends = list(itertools.accumulate(costs))
+    return [c for c, end in zip(completions, ends, strict=True) if (end * n_processes - 1) // ends[-1] == process]
+
+
+def cost(completions: list[Completion]) -> int:
+    """Tokens that the model runs on: each prompt once, and each completion, both padded to the longest."""
+    n_prompts = len({c.prompt for c in completions})
+    return n_prompts * max(c.prompt_tokens for c in completions) + len(completions) * max(c.tokens for c in completions)
+
+
+def cut(completions: list[Completion], token_budget: int) -> list[list[Completion]]:
+    """Stretches of the list that cost at most token_budget tokens each, or hold a single completion."""
+    parts: list[list[Completion]] = []
+    for c in completions:
+        if parts and cost([*parts[-1], c]) <= token_budget:
+            parts[-1].append(c)
+        else:
+            parts.append([c])
+    return parts
+
+
+def plan_microbatches(rollout: Rollout, rows: Tensor, token_budget: int, share_prompts: bool) -> list[Plan]:
+    """This process's micro-batches of these rows. share_prompts: the model runs a prompt once for all its completions
+    in a micro-batch; otherwise it runs prompt and completion of every row."""
+    if len(rows) == 0:
+        return []
+    unique_rows, unique_index = unique_completions(rollout, rows)
+    completions = []
+    groups = rollout.group[unique_rows].tolist()
+    prompt_tokens = rollout.prompt_lengths[unique_rows].tolist()
+    tokens = rollout.completion_lengths()[unique_rows].long().tolist()
+    for index, group in enumerate(groups):
+        prompt = group if share_prompts else index
+        completions.append(Completion(index, prompt, prompt_tokens[index], tokens[index]))
+    mine = share_of_process(in_order_of_length(completions), distributed.rank(), distributed.world_size())
+
+    plans = []
+    for part in cut(mine, token_budget):
+        indices = torch.tensor([c.index for c in part], device=rows.device)  # [u] of the part's completions
+        index_in_part = torch.full_like(unique_rows, -1)  # -1: not in this part
+        index_in_part[indices] = torch.arange(len(part), device=rows.device)
+        index_of_row = index_in_part[unique_index]  # [n]
+        in_part = index_of_row >= 0
+        plans.append(Plan(unique_rows[indices], rows[in_part], index_of_row[in_part]))
+    return plans

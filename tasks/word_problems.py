@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import math
 import operator
 import random
 import re
@@ -252,34 +251,20 @@ def warm_start(
     model, tokenizer, problems: list[dict], steps: int, batch_size: int, lr: float, warmup: int,
     share_of_sums: float, seed: int,
 ) -> None:  # fmt: skip
-    """Supervised training of `model`, in place, on the answers of the problems. The learning rate falls to zero, as in
-    tiny.warm_start."""
-    from tqdm import tqdm
+    """Supervised training of `model`, in place, on the answers of the problems. See tiny.supervise."""
+    stream = batches(random.Random(seed), tokenizer, problems, batch_size, share_of_sums)
 
-    rng = random.Random(seed)
-    stream = batches(rng, tokenizer, problems, batch_size, share_of_sums)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min((n + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * n / steps))
-    )
-    model.train()
-    with tqdm(total=steps, desc="warm start", unit="step") as progress:
-        for _ in range(steps):
-            prompts, completions = next(stream)
-            prompt_lengths = torch.tensor([len(ids) for ids in prompts], device=model.device)
-            mask = padded([[1] * len(ids) for ids in completions], model.device).float()
-            with decoder.autocast(model.device):
-                logprobs, _ = common.token_logprobs(
-                    model, padded(prompts, model.device), prompt_lengths, padded(completions, model.device), mask
-                )
-            loss = -(logprobs * common.loss_weights(mask, "token")).sum()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-            progress.update()
+    def next_loss() -> torch.Tensor:
+        prompts, completions = next(stream)
+        prompt_lengths = torch.tensor([len(ids) for ids in prompts], device=model.device)
+        mask = padded([[1] * len(ids) for ids in completions], model.device).float()
+        with decoder.autocast(model.device):
+            logprobs, _ = common.token_logprobs(
+                model, padded(prompts, model.device), prompt_lengths, padded(completions, model.device), mask
+            )
+        return -(logprobs * common.loss_weights(mask, "token")).sum()
+
+    tiny.supervise(model, next_loss, steps, lr, warmup)
 
 
 def base(path: Path, model_name: str | None, problems: list[dict], recipe: dict | None = None) -> Path:

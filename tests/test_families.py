@@ -11,8 +11,17 @@ from safetensors.torch import load_file, save_file
 
 import common
 import grpo
-from harness import cuda_graphs, lora, tiny
-from harness.model import check_logprobs, load_model, load_policy, max_positions, stop_ids, turn_off_noise
+from harness import cuda_graphs, tiny
+from harness.model import (
+    adapters,
+    check_logprobs,
+    load_model,
+    load_policy,
+    max_positions,
+    save_merged,
+    stop_ids,
+    turn_off_noise,
+)
 from harness.options import RunConfig
 from harness.trainer import Trainer
 
@@ -143,7 +152,7 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
     cfg.gradient_checkpointing = gradient_checkpointing
     model, tokenizer = load_policy(cfg, folder, torch.device("cpu"))
     if lora_rank:
-        for p in lora.adapters(model).values():
+        for p in adapters(model).values():
             p.data = 0.2 * torch.randn_like(p)  # large enough that a layer without its adapter shows
     prompts = tokenizer(["1+2?", "12+3-4+5-6+7?", "9-8?"])["input_ids"]
     uniforms = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
@@ -169,7 +178,7 @@ def test_a_family_samples_scores_trains_and_loads_again(family, gradient_checkpo
     assert moved and all(p.requires_grad for p in moved)
     tokenizer.save_pretrained(tmp_path / "b")
     if lora_rank:
-        lora.save_merged(model, tmp_path / "b")
+        save_merged(model, tmp_path / "b")
     else:
         model.save_pretrained(tmp_path / "b")
     again, _ = load_model(str(tmp_path / "b"), torch.device("cpu"))

@@ -11,7 +11,8 @@ from pretend_gpu import pretended_gpu
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import common
-from harness import cuda_graphs, decoder, lora
+import harness.model
+from harness import cuda_graphs, decoder
 from more import cov
 
 SAMPLERS = [common.sample, cuda_graphs.sample]
@@ -53,7 +54,7 @@ def test_in_float32_two_steps_give_the_bytes_of_the_cpu(run, small, tmp_path, en
     if "--lora-rank" in options:
         pytest.importorskip("peft")
     without_autocast(monkeypatch)
-    monkeypatch.setattr(lora, "base_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(harness.model, "base_dtype", lambda device: torch.float32)
     call(monkeypatch, name, *small("--name", "cpu", *options))
     with pretended_gpu(engine_folder) as gpu:
         stops_at = 1 if name == "dapo" else 2

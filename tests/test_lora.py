@@ -1,4 +1,4 @@
-"""LoRA (harness/lora.py): what is trained, what the reference is, what is saved, and what is refused."""
+"""LoRA (harness/model.py): what is trained, what the reference is, what is saved, and what is refused."""
 
 import importlib
 import json
@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import common
 import grpo
-from harness import decoder, lora, tiny
-from harness.model import load_model, load_policy
+from harness import decoder, tiny
+from harness.model import adapters, add_adapters, base_dtype, load_model, load_policy, save_merged
 from harness.options import RunConfig, resolve_defaults
 
 pytest.importorskip("peft")
@@ -27,7 +27,7 @@ def with_adapters(folder, **options):
 def disturb(model, size=0.05):
     """Moves the adapters away from zero, as training does."""
     rng = torch.Generator().manual_seed(0)
-    for name, p in lora.adapters(model).items():
+    for name, p in adapters(model).items():
         if ".lora_B." in name:
             p.data = size * torch.randn(p.shape, generator=rng)
 
@@ -43,10 +43,10 @@ def test_new_adapters_change_nothing_and_are_the_same_for_the_same_seed(toy, loa
     base = rollout_of(*loaded)
     rollout = rollout_of(model, tokenizer)
     assert torch.equal(base.completion_ids, rollout.completion_ids) and torch.equal(base.logprobs, rollout.logprobs)
-    first = lora.adapters(model)
+    first = adapters(model)
     torch.rand(1)
-    again = lora.adapters(with_adapters(toy)[0])
-    other = lora.adapters(with_adapters(toy, seed=1)[0])
+    again = adapters(with_adapters(toy)[0])
+    other = adapters(with_adapters(toy, seed=1)[0])
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -57,8 +57,8 @@ def test_every_linear_layer_but_the_head_has_an_adapter_and_nothing_else_is_trai
     plain, _ = load_model(str(toy), CPU)
     linear = {name for name, layer in plain.named_modules() if isinstance(layer, torch.nn.Linear)}
     assert adapted == linear - {"lm_head"} and len(adapted) == 3 * 7
-    assert all(".lora_A." in name or ".lora_B." in name for name in lora.adapters(model))
-    assert len(lora.adapters(model)) == 2 * len(adapted)
+    assert all(".lora_A." in name or ".lora_B." in name for name in adapters(model))
+    assert len(adapters(model)) == 2 * len(adapted)
 
 
 @pytest.mark.parametrize("gradient_checkpointing, optimizer", [(False, "adamw"), (True, "sgd")])
@@ -77,7 +77,7 @@ def test_the_gradient_of_the_adapters_is_that_of_the_plain_logits(toy):
     disturb(model)
     rollout = rollout_of(model, tokenizer, Q=2, G=2)
     factors = torch.rand(rollout.mask.shape, generator=torch.Generator().manual_seed(1))
-    trained = list(lora.adapters(model).values())
+    trained = list(adapters(model).values())
     gradients = [
         torch.autograd.grad((logprobs * factors).sum(), trained)
         for logprobs, _ in (common.token_logprobs(model, *score_inputs(rollout)), naive_score(model, rollout))
@@ -100,8 +100,8 @@ def test_the_reference_is_the_base_and_the_same_numbers_as_a_separate_copy(toy):
 
 def bf16_base(toy):
     """The toy base as a GPU would hold it: bf16, with disturbed adapters in float32."""
-    model, tokenizer = load_model(str(toy), CPU, dtype=lora.base_dtype(torch.device("cuda")))
-    lora.prepare(model, RunConfig(lora_rank=4), str(toy))
+    model, tokenizer = load_model(str(toy), CPU, dtype=base_dtype(torch.device("cuda")))
+    add_adapters(model, RunConfig(lora_rank=4), str(toy))
     disturb(model)
     return model, tokenizer
 
@@ -109,13 +109,13 @@ def bf16_base(toy):
 def test_a_bf16_base_trains_float32_adapters(toy, monkeypatch):
     model, tokenizer = bf16_base(toy)
     assert {p.dtype for name, p in model.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
-    assert {p.dtype for p in lora.adapters(model).values()} == {torch.float32}
+    assert {p.dtype for p in adapters(model).values()} == {torch.float32}
     monkeypatch.setattr(decoder, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
-    before = {name: weight.clone() for name, weight in lora.adapters(model).items()}
+    before = {name: weight.clone() for name, weight in adapters(model).items()}
     t = trainer_of(model, tokenizer, lora_rank=4, lr=1e-3)
     metrics = train_once(t, rollout_of(model, tokenizer))
     assert metrics["sampling_logp_difference"] < 0.05 and metrics["skipped_updates"] == 0
-    assert all(not torch.equal(weight, before[name]) for name, weight in lora.adapters(model).items())
+    assert all(not torch.equal(weight, before[name]) for name, weight in adapters(model).items())
 
 
 def test_merging_into_a_bf16_base_loses_nothing(toy, tmp_path):
@@ -123,7 +123,7 @@ def test_merging_into_a_bf16_base_loses_nothing(toy, tmp_path):
 
     model, _ = bf16_base(toy)
     base = {name: weight.float() for name, weight in model.state_dict().items()}
-    lora.save_merged(model, tmp_path)
+    save_merged(model, tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     name = "model.layers.1.mlp.down_proj"
     A = base[f"{name}.lora_A.default.weight"]
@@ -187,7 +187,7 @@ def test_experts_in_one_tensor_are_refused(refusal):
 
     sizes = dict(hidden_size=32, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_key_value_heads=2, head_dim=16, num_experts=4))
-    assert "--lora-rank" in refusal(lora.add_adapters, model, RunConfig(lora_rank=4), source="")
+    assert "--lora-rank" in refusal(add_adapters, model, RunConfig(lora_rank=4), source="")
 
 
 def test_without_peft_it_is_refused_in_one_line(small, tmp_path, monkeypatch, capsys):

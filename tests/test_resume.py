@@ -18,7 +18,7 @@ from helpers import call, error_line, lines, needs_peft, refused
 from safetensors.torch import load_file
 
 import grpo
-from harness import files, reporting, rewards, stop
+from harness import files, reporting, rewards
 from harness import run as run_module
 from harness.options import parse
 
@@ -219,7 +219,7 @@ def test_a_batch_without_a_usable_group_changes_nothing(small, tmp_path, monkeyp
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_the_run_at_once_with_the_status_of_the_first(number, status, tmp_path, capsys):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    signals = stop.Signals()
+    signals = run_module.Signals()
     signals.catch()
     try:
         os.kill(os.getpid(), number)
@@ -232,7 +232,7 @@ def test_a_second_signal_ends_the_run_at_once_with_the_status_of_the_first(numbe
         signals.release()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     with pytest.raises(SystemExit) as end:
-        stop.end_with_one_line(interrupt.value, tmp_path, 3, signals.status)
+        run_module.end_with_one_line(interrupt.value, tmp_path, 3, signals.status)
     assert end.value.code == status and "stopped in step 3" in capsys.readouterr().err
 
 
@@ -244,11 +244,11 @@ def test_a_second_signal_ends_the_run_at_once_with_the_status_of_the_first(numbe
 def test_a_full_disk_or_gpu_is_one_line_that_names_resume_only_if_there_is_a_checkpoint(error, told, tmp_path, capsys):
     for way_out in ("--save-every", f"--resume {tmp_path}"):
         with pytest.raises(SystemExit) as end:
-            stop.end_with_one_line(error, tmp_path, 3, 0)
+            run_module.end_with_one_line(error, tmp_path, 3, 0)
         message = error_line(capsys)
         assert end.value.code == 1 and all(part in message for part in [*told, way_out])
         (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
-    assert stop.end_with_one_line(RuntimeError("peer review of gloo"), tmp_path, 3, 0) is None  # not swallowed
+    assert run_module.end_with_one_line(RuntimeError("peer review of gloo"), tmp_path, 3, 0) is None  # not swallowed
 
 
 def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(small, tmp_path, monkeypatch):
