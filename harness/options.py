@@ -79,8 +79,9 @@ class RunConfig:
     stop_tokens: int | None = option(None, "end earlier, after this many sampled completion tokens", at_least=1)
     optimizer: Literal["adamw", "sgd"] = option("adamw", "sgd (without momentum) keeps no state: it needs less memory")
     lr: float = option(
-        None, "if not given: 2e-4 below 10M parameters, else 1e-6; sgd: 0.1; LoRA: ten times that", above=0
-    )
+        None, "if not given: 2e-4 below 10M parameters, 1e-5 below 300M, else 1e-6; sgd: 0.1; LoRA: ten times that",
+        above=0,
+    )  # fmt: skip
     warmup_steps: int = option(5, "optimizer steps over which the learning rate rises linearly", at_least=0)
     max_grad_norm: float = option(1.0, "a larger gradient is scaled down to this norm", above=0)
     minibatches: int = option(1, "optimizer steps per rollout, each on its part of the rows", at_least=1)
@@ -98,9 +99,6 @@ class RunConfig:
     resume: str | None = option(None, "run folder to continue; its stored options apply unless given again")
     track: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "where else the metrics go")
 
-
-# The learning rate if --lr is not given, below 10M parameters and from there on. With --lora-rank it is ten times this.
-DEFAULT_LR = {"adamw": (2e-4, 1e-6), "sgd": (0.1, 0.1)}
 
 # What a run keeps when it is resumed: its checkpoints hold the state of this optimizer, for these weights.
 FIXED_ON_RESUME = ("optimizer", "lora_rank")
@@ -221,13 +219,22 @@ def check_options(cfg: RunConfig) -> None:
         fail(f"--out {out}{name}: {error.strerror or error}; give a folder that can be written to")
 
 
+def default_lr(cfg: RunConfig, n_parameters: int) -> float:
+    if cfg.optimizer == "sgd":
+        lr = 0.1
+    elif n_parameters < 10_000_000:
+        lr = 2e-4
+    elif n_parameters < 300_000_000:
+        lr = 1e-5
+    else:
+        lr = 1e-6
+    return 10 * lr if cfg.lora_rank else lr
+
+
 def resolve_defaults(cfg: RunConfig, n_parameters: int, on_gpu: bool) -> None:
     """Fills in, in place, the defaults that depend on the model, the data set and the machine."""
     if cfg.lr is None:
-        small_model, large_model = DEFAULT_LR[cfg.optimizer]
-        cfg.lr = small_model if n_parameters < 10_000_000 else large_model
-        if cfg.lora_rank:
-            cfg.lr = 10 * cfg.lr
+        cfg.lr = default_lr(cfg, n_parameters)
     if cfg.max_new_tokens is None:
         cfg.max_new_tokens = 64 if cfg.dataset == "arithmetic" else 512
     if cfg.token_budget is None:
