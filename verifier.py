@@ -248,7 +248,7 @@ _COMMANDS = (
     | dict.fromkeys(("left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "displaystyle"), "")
     | dict.fromkeys(("quad", "qquad"), " ")
 )
-_REWRITES = [
+_REPLACEMENTS = [
     (r"(?<!\\)\$|(?<!\\)\\[()\[\]]|\\(?=%)", ""),  # "$5$", "\(5\)"; but `\\[2pt]` does not open a formula
     (r"\{,\}|,\s*\\!\s*", ","),  # "1{,}000", "1,\!000"
     (r"(?<!\\)(\\\\)*\\[,;:! ]|~|\s+", r"\1 "),  # "5\,000", "5~cm"
@@ -268,6 +268,7 @@ _REWRITES = [
     (r"\bcubic ([a-z]+)", r"\1^3"),
     (r"\b([APap])\. ?([Mm])\b", r"\1\2"),  # "5:30 p.m."
 ]
+_REWRITES = [(re.compile(pattern, re.ASCII), replacement) for pattern, replacement in _REPLACEMENTS]
 _GREEK = (
     "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi|chi|psi"
     "|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|ell"
@@ -317,10 +318,12 @@ def _tidy(text: str) -> str:
     r"""Return one spelling for many: "\frac{1}{2} cm" for "$\dfrac12$ \text{cm}.". Raises Unreadable if too long."""
     if len(text) > MAX_CHARS or text.rstrip().endswith(".."):  # "0.3..." has more digits
         raise Unreadable(text)
+    if text.isascii() and text.isdigit():  # most answers: there is nothing to rewrite
+        return text
     text = text.strip(" \n\t*`").translate(_UNICODE)
     text = re.sub(r"\\right\.|\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0]), text)
     for pattern, replacement in _REWRITES:
-        text = re.sub(pattern, replacement, text, flags=re.ASCII)
+        text = pattern.sub(replacement, text)
     return " ".join(text.split()).rstrip(" .,:")
 
 
@@ -642,8 +645,8 @@ class Calculator:
     def count(self, function: Callable[..., int], *vectors: Vector) -> Vector:
         """Return a factorial or a binomial coefficient."""
         self.n_unfinished += 1
-        for number in sum(vectors, []):
-            if not isinstance(number, Fraction) or number.denominator > 1 or not 0 <= number <= 2500:
+        for vector in vectors:
+            if not all(isinstance(n, Fraction) and n.denominator == 1 and 0 <= n <= 2500 for n in vector):
                 raise Unreadable("no natural number")
         return self.apply(lambda *numbers: Fraction(function(*map(int, numbers))), *vectors)
 
