@@ -509,7 +509,7 @@ LARGEST = CONTEXT.mpf(10) ** 40
 SMALLEST = 1 / LARGEST
 TOLERANCE = CONTEXT.mpf(10) ** -370
 # The size of variables at the points where expressions are compared. At the first points they are positive.
-SIZES = [1, 5, 50, 1, 5, 50, 50, 50, 10**7, -(10**7)]
+SIZES = [1, 5, 50, 1, 5, 50, 50, 50, 10**15, -(10**15)]
 _CONSTANTS = {"e": +CONTEXT.e, "i": CONTEXT.mpc(0, 1), r"\pi": +CONTEXT.pi}
 _NAMES = "sin cos tan cot sec csc asin acos atan sinh cosh tanh ln log exp"
 _FUNCTIONS = {rf"\{name}": getattr(CONTEXT, name) for name in _NAMES.split()}
@@ -577,20 +577,12 @@ class Calculator:
         while self.next == "!":
             self.take()
             value = self.count(math.factorial, value)
-        value = self.raised(value, self.exponent())
-        if self.next in ("^", "!"):
-            raise Unreadable("power of a power")
+        if self.next == "^":
+            self.take()
+            value = self.apply(_power, value, self.signed(self.atom))
+            if self.next in ("^", "!"):
+                raise Unreadable("power of a power")
         return value
-
-    def exponent(self) -> Vector:
-        """Read "^ 2" or "^ { x + 1 }", or nothing."""
-        if self.next != "^":
-            return [Fraction(1)]
-        self.take()
-        return self.signed(self.atom)
-
-    def raised(self, base: Vector, exponent: Vector) -> Vector:
-        return base if exponent == [1] else self.apply(_power, base, exponent)
 
     def atom(self) -> Vector:
         token = self.take()
@@ -615,7 +607,7 @@ class Calculator:
                 self.take()
                 degree = self.sum()
                 self.take("]")
-            return self.raised(self.atom(), self.join([Fraction(1)], "/", degree))
+            return self.apply(_power, self.atom(), self.join([Fraction(1)], "/", degree))
         return self.function(token)
 
     def function(self, token: str) -> Vector:
@@ -623,7 +615,10 @@ class Calculator:
         name, _, base = token.partition("_")
         if name not in _FUNCTIONS:
             raise Unreadable(token)
-        exponent = self.exponent()
+        exponent = [Fraction(1)]
+        if self.next == "^":
+            self.take()
+            exponent = self.signed(self.atom)
         if exponent == [-1] and name in (r"\sin", r"\cos", r"\tan"):
             name = name.replace("\\", r"\a")
             exponent = [Fraction(1)]
@@ -633,7 +628,7 @@ class Calculator:
             value = self.join(value, "*", self.power())
         bases = [[CONTEXT.mpf(base.strip("{}") or 10)]] if name == r"\log" else []
         value = self.apply(_FUNCTIONS[name], self.apply(_rounded, value), *bases)
-        return self.raised(value, exponent)
+        return self.apply(_power, value, exponent)
 
     def join(self, a: Vector, sign: str, b: Vector) -> Vector:
         """Return a + b, a * b or a / b."""
@@ -768,10 +763,9 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
         return _proportional(a.parts[0], b.parts[0], any_sign=a.shape in ("=", r"\ne"))
     if a.shape == r"\cup":
         return _same_items(a.parts, b.parts, strict)
-    if a.unit == "%" != b.unit and _same_value(a.parts[0], f"100 * ( {b.parts[0]} )", False):
-        return True  # 15% can be written as 15 or as 0.15
-    if b.unit == "%" != a.unit and _same_value(b.parts[0], f"100 * ( {a.parts[0]} )", False):
-        return True
+    for percent, number in ((a, b), (b, a)):  # 15% can be written as 15 or as 0.15
+        if percent.unit == "%" and not number.unit:
+            return any(_same_value(percent.parts[0], f"{x} * ( {number.parts[0]} )", False) for x in (1, 100))
     return all(_same_value(*values, strict) for values in zip(a.parts, b.parts, strict=True))
 
 
