@@ -443,13 +443,13 @@ def _read_relation(sides: list[str], relations: list[str]) -> Item:
         relations = [_TURNED.get(relation, "") for relation in reversed(relations)]
     names = ["".join(side.split()) for side in sides]
     names = [name if _NAME.fullmatch(name) else "" for name in names]
-    first, last = relations[0], relations[-1]
-    opening = "[" if first == r"\le" else "("
-    closing = "]" if last == r"\le" else ")"
+    first = relations[0]
     if first == "=":
         return _read_equation(sides, names, relations)
     if relations == [r"\in"] and names[0]:
         return _read(sides[1])._replace(name=names[0])
+    opening = "[" if first == r"\le" else "("
+    closing = "]" if relations[-1] == r"\le" else ")"
     if len(sides) == 3 and set(relations) <= {"<", r"\le"} and names[1]:
         return Item(opening + closing, sides[::2], name=names[1])
     if len(sides) != 2 or first not in ("<", r"\le", r"\ne"):
@@ -462,8 +462,10 @@ def _read_relation(sides: list[str], relations: list[str]) -> Item:
 
 
 def _read_equation(sides: list[str], names: list[str], relations: list[str]) -> Item:
+    """Read a value with a name, or an equation. Its sides are equal in a value: "x = 48 / 2 = 24", "48 / 2 = 24"."""
     if len(sides) == 2 and names[1] and not names[0]:  # "5 = x"
-        sides, names = sides[::-1], names[::-1]
+        sides = sides[::-1]
+        names = names[::-1]
     values = sides[1:] if names[0] else sides
     says_something = names[0] or values[-1] not in values[:-1]  # not "5 = 5"
     is_new = not _variables(re.sub(r"\\angle|\\overline|\(.*", "", names[0])) & _variables(values[-1])  # not "x = x^2"
@@ -482,6 +484,7 @@ def _letters_apart(tokens: str) -> list[str]:
 
 
 def _variables(tokens: str) -> set[str]:
+    """Return the variables: {"a", "b", "f'"} for "ab + f'"."""
     return {token for token in _letters_apart(tokens) if _VARIABLE.fullmatch(token)} - {"e", "i"}
 
 
@@ -508,7 +511,8 @@ CONTEXT.dps = 400
 LARGEST = CONTEXT.mpf(10) ** 40
 SMALLEST = 1 / LARGEST
 TOLERANCE = CONTEXT.mpf(10) ** -370
-# The size of variables at the points where expressions are compared. At the first points they are positive.
+# Two expressions with variables are compared at ten points. These are the sizes of the variables: positive at the first
+# points, so that logarithms are real, and huge at the last ones, so that |x - 1000| and 1000 - x differ.
 SIZES = [1, 5, 50, 1, 5, 50, 50, 50, 10**15, -(10**15)]
 _CONSTANTS = {"e": +CONTEXT.e, "i": CONTEXT.mpc(0, 1), r"\pi": +CONTEXT.pi}
 _NAMES = "sin cos tan cot sec csc asin acos atan sinh cosh tanh ln log exp"
@@ -646,6 +650,7 @@ class Calculator:
         return self.apply(lambda *numbers: Fraction(function(*map(int, numbers))), *vectors)
 
     def apply(self, function: Callable[..., Any], *vectors: Vector) -> Vector:
+        """Return the values of a function at all points. Raises Unreadable if the work becomes too much."""
         length = max(map(len, vectors))
         rows = zip(*(vector * (length // len(vector)) for vector in vectors), strict=True)
         return [self.apply_once(function, *row) for row in rows]
@@ -659,7 +664,7 @@ class Calculator:
             value = function(*numbers)
             value = value if isinstance(value, Fraction) else _rounded(value)
         except (ValueError, ArithmeticError):
-            return None
+            value = None
         self.work += _bits(value)
         if self.work > MAX_WORK:
             raise Unreadable("too much work")
@@ -676,11 +681,13 @@ def _random_numbers(name: str, whole: bool) -> Vector:
 
 
 def _bits(number: Any) -> int:
+    """Return the size of a number."""
     is_exact = isinstance(number, Fraction)
     return number.numerator.bit_length() + number.denominator.bit_length() if is_exact else 2000
 
 
 def _power(a: Any, b: Any) -> Any:
+    """Return a to the power of b, exactly if that is rational. Raises OverflowError instead of a huge number."""
     if a == 0 and not b.real > 0:
         raise ValueError("0 to the power of 0")
     if not isinstance(a, Fraction) or b.denominator > 1:
@@ -752,7 +759,7 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
     b = _read(pred)
     if a.name and b.name and a.name != b.name:
         return False
-    if {a.shape, b.shape} == {"", "="}:  # "y = 2x + 3" was read as a value with a name
+    if {a.shape, b.shape} == {"", "="}:
         a = _as_equation(a)
         b = _as_equation(b)
     if a.shape != b.shape or len(a.parts) != len(b.parts):
@@ -770,11 +777,13 @@ def _same_item(gold: str, pred: str, strict: bool = True) -> bool:
 
 
 def _as_equation(item: Item) -> Item:
+    """Return "y = 2 x + 3" as an equation, but leave "y = 3" as it is."""
     is_line = not item.shape and _VARIABLE.fullmatch(item.name) and _variables(item.parts[0])
     return Item("=", [f"{item.name} - ( {item.parts[0]} )"]) if is_line else item
 
 
 def _same_value(gold: str, pred: str, strict: bool) -> bool:
+    """Compare two expressions, or sets with a name. If `strict`, a number must be a value and not a calculation."""
     if gold in _SPECIAL or pred in _SPECIAL:
         return gold == pred
     if strict and _is_calculation(gold, pred):

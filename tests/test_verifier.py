@@ -210,6 +210,20 @@ def test_an_answer_is_a_value_and_not_a_calculation_left_to_the_grader(answer, g
 
 
 @pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("x + 10^{-39}", "x"), (r"\sqrt{2} + 10^{-900}", r"\sqrt{2}"), ("(1+10^{-39})^{10^{-39}}", "1"),
+        (r"\cos(10^{-39})", "1"), (r"\frac{2^{2000}}{2^{2000}-1}", "1"), ("2^{2000}+1", "2^{2000}+2"),
+        (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), (r"x\tanh(9x)", "|x|"), ("|x-10^{11}|", "10^{11}-x"),
+        (r"x+\sin(\pi x)", "x"), (r"\sqrt{x^2+10^{-30}}", "|x|"), ("x+0y", "x"), ("|xy|", "xy"),
+    ],
+)  # fmt: skip
+def test_expressions_that_are_nearly_equal_are_different(answer, gold):
+    assert math_reward(rf"\boxed{{{gold}}}", gold) == 1.0
+    assert math_reward(rf"\boxed{{{answer}}}", gold) == 0.0
+
+
+@pytest.mark.parametrize(
     "statement", [r"\boxed{5}", "#### 5", "The answer is 5.", "so 2 + 3 = 5", "<answer>5</answer>"]
 )
 def test_an_answer_counts_only_after_the_thinking_has_ended(statement):
