@@ -57,8 +57,7 @@ def test_the_examples_in_the_docstrings_are_right():
 def test_verdicts_agree_with_the_labels():
     wrong = []
     for case in CASES:
-        reward, status = grade(case["completion"], case["answer"])
-        assert status != "timeout", case["reason"]
+        reward = math_reward(case["completion"], case["answer"])
         if reward != case["reward"]:
             wrong.append((case["reason"], case["completion"][:80], case["answer"], reward))
     false_positives = [w for w in wrong if w[3] == 1]
