@@ -5,15 +5,11 @@ gsm8k/test.jsonl, math500/test.jsonl, aime/aime24.jsonl and aime/aime25.jsonl.
 """
 
 import doctest
-import importlib.util
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,8 +22,6 @@ from verifier import extract_answer, gold_answer, grade, math_reward, verifiable
 DATA = os.environ.get("ENTROPY_RL_DATA")
 CASES = [json.loads(line) for line in (ROOT / "tests" / "verifier_cases.jsonl").read_text().splitlines()]
 GUARD_SECONDS = 60  # a guard against a hang, not a measurement: everything here takes a few seconds
-needs_math_verify = pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="math-verify is missing")
-needs_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 
 
 def rows(name: str) -> list[dict]:
@@ -52,52 +46,6 @@ def run_python(code: str, stdin: str = "", **env: str) -> str:
     return done.stdout
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs. A zombie, which only waits to be collected, does not run."""
-    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return state not in ("", "Z")
-
-
-def dies(pid: int) -> bool:
-    """Wait until a process has ended, but not longer than GUARD_SECONDS."""
-    for _ in range(GUARD_SECONDS * 20):
-        if not alive(pid):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.fixture
-def fresh_worker():
-    """Before and after the test there is no worker process and no remembered verdict."""
-    verifier.worker.reset()
-    yield
-    verifier.worker.reset()
-
-
-@pytest.fixture
-def fake_library(tmp_path, monkeypatch, fresh_worker):
-    """A math-verify that prints, hangs, crashes or takes memory on command. To it, all other answers are equal."""
-    for package, code in {
-        "math_verify": "def verify(*args, **options): return True\n",
-        "latex2sympy2_extended": "",
-    }.items():
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text(code)
-    (tmp_path / "math_verify" / "grader.py").write_text("def sympy_numeric_eq(a, b, *digits): pass\n")
-    (tmp_path / "latex2sympy2_extended" / "latex2sympy2.py").write_text(
-        "import os\n"
-        "def latex2sympy(text, **options):\n"
-        "    if 'sinh' in text: print('wrong', flush=True)\n"
-        "    if 'cosh' in text:\n"
-        "        while True: pass\n"
-        "    if 'tanh' in text: os._exit(3)\n"
-        "    if 'cot' in text: bytearray(2 << 30)\n"
-        "    return text\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-
 # ---- labelled cases
 
 
@@ -105,13 +53,11 @@ def test_the_examples_in_the_docstrings_are_right():
     assert doctest.testmod(verifier).failed == 0
 
 
-@needs_math_verify
 @pytest.mark.slow
 def test_verdicts_agree_with_the_labels():
     wrong = []
     for case in CASES:
-        reward, status = grade(case["completion"], case["answer"])
-        assert status != "timeout", case["reason"]
+        reward = math_reward(case["completion"], case["answer"])
         if reward != case["reward"]:
             wrong.append((case["reason"], case["completion"][:80], case["answer"], reward))
     false_positives = [w for w in wrong if w[3] == 1]
@@ -119,7 +65,6 @@ def test_verdicts_agree_with_the_labels():
     assert len(wrong) <= 0.015 * len(CASES), wrong
 
 
-@needs_math_verify
 @pytest.mark.slow
 def test_verdicts_do_not_depend_on_the_hash_seed():
     code = (
@@ -130,13 +75,13 @@ def test_verdicts_do_not_depend_on_the_hash_seed():
     assert run_python(code, PYTHONHASHSEED="1") == run_python(code, PYTHONHASHSEED="2")
 
 
-@needs_math_verify
 @pytest.mark.slow
-def test_threads_get_the_same_verdicts_as_one_thread(fresh_worker):
+def test_threads_get_the_same_verdicts_as_one_thread():
     completions = [case["completion"] for case in CASES[::3]]
     answers = [case["answer"] for case in CASES[::3]]
     expected = list(map(grade, completions, answers))
-    verifier.worker.reset()
+    for remembers in (verifier._tidy, verifier._tokens, verifier._read, verifier._compute, verifier._random_numbers):
+        remembers.cache_clear()
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(grade, completions, answers)) == expected
 
@@ -152,7 +97,7 @@ def test_threads_get_the_same_verdicts_as_one_thread(fresh_worker):
         ("gsm8k/test.jsonl", 1318),
         ("aime/aime24.jsonl", 30),
         ("aime/aime25.jsonl", 30),
-        pytest.param("math500/test.jsonl", 499, marks=needs_math_verify),
+        ("math500/test.jsonl", 499),
     ],
 )
 def test_every_gold_is_verifiable_in_every_form_and_nearly_all_solutions_earn_the_reward(name, solved):
@@ -228,7 +173,6 @@ def test_a_minus_is_never_lost_or_invented(number):
             assert math_reward(form % number, "-" + number) == 0.0
 
 
-@needs_math_verify
 def test_a_comma_between_digits_is_never_lost():
     assert math_reward(r"\boxed{1,234}", "1234") == 1.0
     assert math_reward(r"\boxed{5, 5}", "5") == 0.0
@@ -243,7 +187,6 @@ def test_numbers_are_compared_without_tolerance():
     assert math_reward(r"\boxed{0.100}", r"\frac{1}{10}") == 1.0
 
 
-@needs_math_verify
 @pytest.mark.parametrize(
     ("answer", "gold", "reward"),
     [
@@ -266,6 +209,20 @@ def test_an_answer_is_a_value_and_not_a_calculation_left_to_the_grader(answer, g
 
 
 @pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("x + 10^{-39}", "x"), (r"\sqrt{2} + 10^{-900}", r"\sqrt{2}"), ("(1+10^{-39})^{10^{-39}}", "1"),
+        (r"\cos(10^{-39})", "1"), (r"\frac{2^{2000}}{2^{2000}-1}", "1"), ("2^{2000}+1", "2^{2000}+2"),
+        (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), (r"x\tanh(9x)", "|x|"), ("|x-10^{11}|", "10^{11}-x"),
+        (r"x+\sin(\pi x)", "x"), (r"\sqrt{x^2+10^{-30}}", "|x|"), ("x+0y", "x"), ("|xy|", "xy"),
+    ],
+)  # fmt: skip
+def test_expressions_that_are_nearly_equal_are_different(answer, gold):
+    assert math_reward(rf"\boxed{{{gold}}}", gold) == 1.0
+    assert math_reward(rf"\boxed{{{answer}}}", gold) == 0.0
+
+
+@pytest.mark.parametrize(
     "statement", [r"\boxed{5}", "#### 5", "The answer is 5.", "so 2 + 3 = 5", "<answer>5</answer>"]
 )
 def test_an_answer_counts_only_after_the_thinking_has_ended(statement):
@@ -278,7 +235,6 @@ def test_an_answer_counts_only_after_the_thinking_has_ended(statement):
     assert math_reward(f"<think>2 + 3</think>so<think>{statement}", "5") == 0.0
 
 
-@needs_math_verify
 @pytest.mark.slow
 def test_no_size_of_an_answer_takes_long():
     x, root = r"\sin(" * 24 + "x" + ")" * 24, r"\sqrt{1+" * 24 + "2" + "}" * 24
@@ -292,15 +248,6 @@ def test_no_size_of_an_answer_takes_long():
     assert not any(rewards[len(huge) :])
 
 
-def test_plain_numbers_and_words_do_not_start_a_worker(fresh_worker):
-    golds = ["7", "-1,000", r"\frac{3}{4}", "2 1/2", "15%", r"5 \text{ cents}", "52_8", "Tuesday", r"\text{(C)}"]
-    for gold in golds:
-        assert grade(rf"\boxed{{{gold}}}", gold) == (1.0, "correct")
-        assert grade(r"\boxed{8}", gold) == (0.0, "wrong")
-    assert verifier.worker.pid is None
-
-
-@needs_math_verify
 @pytest.mark.parametrize(
     "gold",
     ["", " ", "###", "$$", "((((", "}", "\\", "?", r"\boxed{", "####", "9^{9^{9}}", "9" * 5000, "x" * 5000]  # noqa: RUF005
@@ -357,7 +304,6 @@ HOSTILE = [
 
 
 @pytest.mark.slow
-@needs_math_verify
 def test_hostile_text_earns_nothing_and_does_not_hang():
     # This needs another process, because a thread cannot stop a regular expression that hangs.
     code = "import json, sys, verifier; print([verifier.grade(text, '3')[0] for text in json.load(sys.stdin)])"
@@ -366,9 +312,8 @@ def test_hostile_text_earns_nothing_and_does_not_hang():
     assert [text[:80] for text, reward in zip(HOSTILE, rewards, strict=True) if reward] == []
 
 
-@needs_math_verify
 @pytest.mark.slow
-def test_hostile_text_earns_nothing_in_another_thread(fresh_worker):
+def test_hostile_text_earns_nothing_in_another_thread():
     with ThreadPoolExecutor(1) as pool:
         rewards = list(pool.map(lambda text: math_reward(text, "x^2+1"), HOSTILE))
     assert [text[:80] for text, reward in zip(HOSTILE, rewards, strict=True) if reward] == []
@@ -380,119 +325,3 @@ def test_arguments_that_are_no_text_earn_nothing_and_raise_nothing(junk):
     assert math_reward(r"\boxed{7}", junk) == 0.0
     assert math_reward(junk, junk) == 0.0
     assert not verifiable(junk)
-
-
-# ---- the worker
-
-
-@needs_posix
-@needs_math_verify
-def test_a_killed_worker_is_replaced(fresh_worker):
-    assert math_reward(r"\boxed{x+x}", "2x") == 1.0
-    first = verifier.worker.pid
-    os.kill(first, signal.SIGKILL)
-    assert dies(first)
-    assert math_reward(r"\boxed{y+2y}", "3y") == 1.0
-    assert verifier.worker.pid != first
-
-
-@needs_posix
-def test_reset_stops_the_process_and_forgets_the_verdicts(fake_library):
-    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
-    first = verifier.worker.pid
-    verifier.worker.reset()
-    assert verifier.worker.pid is None and not alive(first)
-    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
-    assert verifier.worker.pid not in (None, first)
-
-
-def test_what_the_library_prints_is_not_taken_for_a_verdict(fake_library):
-    assert grade(r"\boxed{\sinh x}", "x+1") == (1.0, "correct")
-
-
-def test_a_hanging_worker_is_killed_and_the_next_answer_is_not_mixed_up(fake_library, monkeypatch):
-    monkeypatch.setattr(verifier, "WALL_SECONDS", 5.0)
-    assert grade(r"\boxed{\cosh x}", "x+1") == (0.0, "timeout")
-    monkeypatch.setattr(verifier, "WALL_SECONDS", GUARD_SECONDS)
-    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
-
-
-def test_a_crash_counts_as_timeout_and_the_next_call_works(fake_library):
-    assert grade(r"\boxed{\tanh x}", "x+1") == (0.0, "timeout")
-    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux enforces RLIMIT_AS")
-def test_the_worker_cannot_take_more_memory_than_its_limit(fake_library):
-    assert grade(r"\boxed{\cot x}", "x+1") == (0.0, "timeout")
-    assert grade(r"\boxed{x+2}", "x+1") == (1.0, "correct")
-
-
-def test_without_math_verify_equal_text_counts_and_one_line_warns(tmp_path, monkeypatch, fresh_worker, caplog):
-    (tmp_path / "math_verify.py").write_text("raise ImportError\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert math_reward(r"\boxed{x + 1}", "x+1") == 1.0
-    assert math_reward(r"\boxed{1 + x}", "x+1") == 0.0
-    assert math_reward(r"\boxed{7}", "7") == 1.0
-    assert len(caplog.records) == 1 and "math-verify" in caplog.text
-
-
-@pytest.mark.slow
-@needs_posix
-@needs_math_verify
-def test_no_worker_outlives_a_killed_parent():
-    code = "import verifier as v; v.math_reward('\\\\boxed{x+x}', '2x'); print(v.worker.pid, flush=True); input()"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    worker = int(parent.stdout.readline())
-    assert alive(worker)
-    parent.kill()
-    parent.communicate()
-    assert dies(worker)
-
-
-@needs_posix
-@needs_math_verify
-def test_no_worker_is_left_after_a_normal_exit():
-    worker = int(run_python("import verifier as v; v.math_reward('\\\\boxed{x+x}', '2x'); print(v.worker.pid)"))
-    assert not alive(worker)
-
-
-@pytest.mark.slow
-@needs_posix
-@needs_math_verify
-def test_a_forked_child_starts_its_own_worker_and_leaves_the_parents_alone():
-    code = """
-import os, signal, threading, time, verifier
-assert verifier.math_reward("\\\\boxed{x+x}", "2x") == 1.0
-parents = verifier.worker.pid
-os.kill(parents, signal.SIGSTOP)  # now a thread has to wait for its verdict, and holds the lock
-thread = threading.Thread(target=verifier.math_reward, args=("\\\\boxed{z+5z}", "6z"))
-thread.start()
-time.sleep(0.5)
-child = os.fork()
-if child == 0:
-    signal.alarm(50)
-    fine = verifier.math_reward("\\\\boxed{y+2y}", "3y") == 1.0 and verifier.worker.pid != parents
-    os._exit(0 if fine else 1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-os.kill(parents, signal.SIGCONT)
-thread.join()
-assert verifier.math_reward("\\\\boxed{u+4u}", "5u") == 1.0 and verifier.worker.pid == parents
-"""
-    run_python(code)
-
-
-@pytest.mark.slow
-@needs_posix
-@needs_math_verify
-def test_an_interrupted_job_does_not_answer_the_next_one(fresh_worker, monkeypatch):
-    monkeypatch.setattr(verifier, "WALL_SECONDS", GUARD_SECONDS)
-    assert math_reward(r"\boxed{x+x}", "2x") == 1.0
-    os.kill(verifier.worker.pid, signal.SIGSTOP)  # the reply does not come, so the interrupt comes first
-    with pytest.raises(KeyboardInterrupt):
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        grade(r"\boxed{y+2y}", "3y")
-    assert grade(r"\boxed{z+z+z}", "2z") == (0.0, "wrong")
-    assert grade(r"\boxed{y+2y}", "3y") == (1.0, "correct")
