@@ -177,7 +177,6 @@ class Run(Trainer):
             "reward_std": float(rewards.std(1, correction=0).mean()),
             "frac_reward_zero_std": float((rewards.amax(1) == rewards.amin(1)).float().mean()),
             "reward/parse_failed": verdicts.count("parse_failed") / len(rollout),
-            "reward/timeout": verdicts.count("timeout") / len(rollout),
             "entropy": float(rollout.entropy.sum() / n_tokens),
             "completions/mean_length": float(rollout.completion_lengths().mean()),
             "completions/clipped_ratio": float((~rollout.finished).float().mean()),
