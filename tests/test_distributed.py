@@ -122,7 +122,7 @@ def started(*options):
 
 
 def wait_for_steps(folder, n):
-    for _ in range(600):
+    for _ in range(3000):
         if (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) >= n:
             return
         time.sleep(0.1)

@@ -71,11 +71,12 @@ def test_an_evaluation_of_nothing_is_refused(small, tmp_path, monkeypatch, capsy
 
 def wait_for_steps(metrics, n, look=lambda: None):
     """Waits until a run has written n steps. look() is called again and again meanwhile."""
-    for _ in range(600):
+    for _ in range(3000):
         if metrics.exists() and len(metrics.read_text().splitlines()) >= n:
             return
         time.sleep(0.1)
         look()
+    raise AssertionError("no steps were taken")
 
 
 @pytest.mark.slow
