@@ -78,4 +78,6 @@ def test_a_step_takes_the_memory_that_the_start_names_and_its_activations(option
     named = sum(float(mib.replace(",", "")) for mib in re.findall(r"(?:weights|gradients|optimizer) ([\d,.]+)", output))
     peak = float(re.search(r"peak ([\d.]+)", output)[1])
     print(f"named {named:.0f} MiB, peak {peak:.0f} MiB")
-    assert named < peak < named + 600
+    # Some 300 tokens keep 12,000 floats in each of 30 layers, 410 MiB; then the parts of the logits, 64 MiB each, and
+    # what the allocator has not given back.
+    assert named < peak < named + 900
