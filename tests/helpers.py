@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def write_lines(path, rows):
     """Writes a JSONL file, and returns its name."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def wait_for_steps(metrics, n, look=lambda: None):
+    """Waits until a run has written n steps. look() is called again and again meanwhile."""
+    for _ in range(3000):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= n:
+            return
+        time.sleep(0.1)
+        look()
+    raise AssertionError("no steps were taken")
 
 
 def error_line(capsys):

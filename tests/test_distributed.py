@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import METHODS, ROOT, call, lines
+from helpers import METHODS, ROOT, call, lines, wait_for_steps
 from safetensors.torch import load_file
 
 from harness.options import fail
@@ -121,14 +120,6 @@ def started(*options):
     return subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def wait_for_steps(folder, n):
-    for _ in range(3000):
-        if (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) >= n:
-            return
-        time.sleep(0.1)
-    raise AssertionError("no steps were taken")
-
-
 def worker(parent, rank):
     """The process of this rank below a torchrun."""
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
@@ -141,7 +132,7 @@ def worker(parent, rank):
 def test_a_process_that_dies_ends_the_run_and_the_next_start_goes_on(small, tmp_path, monkeypatch):
     process, folder = started(*small("--name", "r")), tmp_path / "r"
     try:
-        wait_for_steps(folder, 3)
+        wait_for_steps(folder / "metrics.jsonl", 3)
         os.kill(worker(process.pid, rank=0), signal.SIGKILL)
         error = process.communicate(timeout=60)[1]
     finally:
@@ -157,7 +148,7 @@ def test_an_interrupt_ends_all_processes_after_the_step(small, tmp_path):
     """A terminal's Ctrl-C, which reaches all of them. torchrun then sends them another signal."""
     process, folder = started(*small("--name", "r")), tmp_path / "r"
     try:
-        wait_for_steps(folder, 2)
+        wait_for_steps(folder / "metrics.jsonl", 2)
         os.killpg(process.pid, signal.SIGINT)
         error = process.communicate(timeout=60)[1]
     finally:

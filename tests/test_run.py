@@ -9,11 +9,10 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
-from helpers import METHODS, ROOT, SCRIPTS, call, lines, refused
+from helpers import METHODS, ROOT, SCRIPTS, call, lines, refused, wait_for_steps
 
 
 @pytest.mark.slow
@@ -67,16 +66,6 @@ def test_wrong_options_are_refused(name, option, value, small, tmp_path, monkeyp
 
 def test_an_evaluation_of_nothing_is_refused(small, tmp_path, monkeypatch, capsys):
     assert "--eval-rows" in refused(monkeypatch, capsys, tmp_path, *small("--eval-only", "--eval-rows", 0))
-
-
-def wait_for_steps(metrics, n, look=lambda: None):
-    """Waits until a run has written n steps. look() is called again and again meanwhile."""
-    for _ in range(3000):
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= n:
-            return
-        time.sleep(0.1)
-        look()
-    raise AssertionError("no steps were taken")
 
 
 @pytest.mark.slow
