@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import common
 import grpo
 import verifier
-from harness import data, decoder
+from harness import data, decoder, rewards
 from harness.options import RunConfig
 from harness.trainer import Trainer
 from tasks import arithmetic
@@ -76,9 +76,9 @@ def reward_of(text: str, problem: dict) -> float:
     return verifier.math_reward(text, problem["answer"])
 
 
-def any_reward(text: str, problem: dict) -> float:
-    """0 or 1, whatever is right: nearly every group has both."""
-    return float(zlib.crc32(text.encode()) % 2)
+def any_reward(completion: str, row: dict) -> float:
+    """0 or 1, whatever is right: nearly every group has both. It is given as --reward."""
+    return float(zlib.crc32(completion.encode()) % 2)
 
 
 def bench_rollout(base: str, runs: int) -> list[dict]:
@@ -98,18 +98,21 @@ def bench_model(folder: str, dataset: str, runs: int, asked: list[str]) -> list[
     for row in rows:
         text = data.prompt_text(tokenizer, [{"role": "user", "content": row["question"]}], "", "")
         ids = data.prompt_ids(tokenizer, text)
-        problems.append({"question": text, "answer": verifier.gold_answer(row["answer"]), "prompt_ids": ids})
+        answer = verifier.gold_answer(row["answer"])
+        problems.append({"question": text, "answer": answer, "prompt_ids": ids, "row": row})
     first = problems[:8]
     prompts = [problem["prompt_ids"] for problem in first]
     print(f"  prompts of {statistics.mean(map(len, prompts)):.0f} tokens, at most {max(map(len, prompts))}")
     name = Path(folder).name
     results = []
-    for stops in (True, False) if "rollout" in asked else ():
-        title = f"{name}, 8 x 8, {'up to' if stops else 'all'} 96 tokens"
-        results += sampling_rows(title, folder, first, prompts, 8, 96, stops, ["dynamic", "static"], runs)
-    for reward in (reward_of, any_reward) if "step" in asked else ():
-        title = f"GRPO step, {name}, 8 x 8, {reward.__name__}"
-        results += step_rows(title, folder, problems, (8, 8, 96), reward, micro_batches=[16], steps=2, runs=runs)
+    if "rollout" in asked:
+        for stops in (True, False):
+            title = f"{name}, 8 x 8, {'up to' if stops else 'all'} 96 tokens"
+            results += sampling_rows(title, folder, first, prompts, 8, 96, stops, ["dynamic", "static"], runs)
+    if "step" in asked:
+        for reward in (None, f"{__file__}:any_reward"):
+            title = f"GRPO step, {name}, 8 x 8, {'any reward' if reward else 'the verifier'}"
+            results += step_rows(title, folder, problems, (8, 8, 96), reward, micro_batches=[16], steps=2, runs=runs)
     return results
 
 
@@ -161,20 +164,22 @@ def sampling_rows(title, base, problems, prompts, group_size, max_tokens, stops,
 
 
 def bench_step(base: str, runs: int) -> list[dict]:
+    """A GRPO step of the tiny base."""
     _, tokenizer = load(base)
     problems = arithmetic.problems(1024, 0, held_out=False)
     encoded = [{**problem, "prompt_ids": tokenizer(problem["question"])["input_ids"]} for problem in problems]
     title = "GRPO step, tiny, 32 x 8"
-    return step_rows(title, base, encoded, (Q, G, T), reward_of, micro_batches=[64, 128, 256], steps=6, runs=runs)
+    return step_rows(title, base, encoded, (Q, G, T), None, micro_batches=[64, 128, 256], steps=6, runs=runs)
 
 
 def step_rows(
-    title: str, base: str, problems: list[dict], size: tuple[int, int, int], reward_of, micro_batches: list[int],
-    steps: int, runs: int,
+    title: str, base: str, problems: list[dict], size: tuple[int, int, int], reward: str | None,
+    micro_batches: list[int], steps: int, runs: int,
 ) -> list[dict]:  # fmt: skip
     """Seconds of a whole GRPO step (rollout, verify, score, update) against TRL's trainer at its best batch size.
 
-    size: prompts, completions of each, and most tokens. steps: of each measurement; the first does not count.
+    size: prompts, completions of each, and most tokens. reward: as --reward. steps: of each measurement; the first does
+    not count.
     """
     import datasets
     from transformers import TrainerCallback
@@ -184,19 +189,19 @@ def step_rows(
     logging.set_verbosity_error()
     n_prompts, group_size, max_new_tokens = size
     by_question = {problem["question"]: problem for problem in problems}
+    grade = rewards.load(reward)
 
     def ours(seconds: list[float], steps: int) -> float:
         model, tokenizer = load(base)
         cfg = RunConfig(
-            n_prompts=n_prompts, group_size=group_size, max_new_tokens=max_new_tokens, lr=1e-6, token_budget=2048
-        )
+            n_prompts=n_prompts, group_size=group_size, max_new_tokens=max_new_tokens, reward=reward, lr=1e-6,
+            token_budget=2048,
+        )  # fmt: skip
         trainer = Trainer(cfg, model, tokenizer, problems, base)
-        rewards = []
+        mean_rewards = []
         for _ in range(steps):
             start = time.perf_counter()
             rollout = trainer.verify(trainer.sample())
-            for i, record in enumerate(rollout.records):
-                rollout.rewards[i] = reward_of(record["completion"], record)
             A = grpo.advantages(rollout.rewards, rollout.group)
             for minibatch in trainer.minibatches(rollout, "sequence", A):
                 for batch in minibatch:
@@ -206,16 +211,19 @@ def step_rows(
                     trainer.record(batch, per_token, **common.clip_fractions(ratio, A[batch.rows], 0.2, 0.2))
                 trainer.optimizer_step()
             seconds.append(time.perf_counter() - start)
-            rewards.append(float(rollout.rewards.mean()))
-        return statistics.mean(rewards)
+            mean_rewards.append(float(rollout.rewards.mean()))
+        return statistics.mean(mean_rewards)
 
     def trl(seconds: list[float], steps: int, micro: int) -> float:
         model, tokenizer = load(base)
-        rewards = []
+        mean_rewards = []
 
-        def reward(prompts, completions, **_):
-            scores = [reward_of(c, by_question[p]) for p, c in zip(prompts, completions, strict=True)]
-            rewards.append(statistics.mean(scores))
+        def reward_function(prompts, completions, **_):
+            scores = []
+            for prompt, completion in zip(prompts, completions, strict=True):
+                score, _ = grade({**by_question[prompt], "completion": completion})
+                scores.append(score)
+            mean_rewards.append(statistics.mean(scores))
             return scores
 
         class Clock(TrainerCallback):
@@ -234,17 +242,19 @@ def step_rows(
         )  # fmt: skip
         questions = datasets.Dataset.from_list([{"prompt": p["question"]} for p in problems])
         with contextlib.redirect_stdout(io.StringIO()):
-            GRPOTrainer(model, reward, options, questions, processing_class=tokenizer, callbacks=[Clock()]).train()
-        return statistics.mean(rewards)
+            GRPOTrainer(
+                model, reward_function, options, questions, processing_class=tokenizer, callbacks=[Clock()]
+            ).train()
+        return statistics.mean(mean_rewards)
 
     results: dict[str, list[float]] = {"ours": [], **{f"TRL {micro}": [] for micro in micro_batches}}
     for i in range(runs):
         for name in results:
             seconds: list[float] = []
-            reward = ours(seconds, steps) if name == "ours" else trl(seconds, steps, int(name.split()[1]))
+            mean_reward = ours(seconds, steps) if name == "ours" else trl(seconds, steps, int(name.split()[1]))
             results[name].append(statistics.median(seconds[1:]))
             if i == 0:  # that all do the same work
-                print(f"  same work: {name}, mean reward {reward:.3f}", flush=True)
+                print(f"  same work: {name}, mean reward {mean_reward:.3f}", flush=True)
     best = min((name for name in results if name != "ours"), key=lambda name: statistics.median(results[name]))
     return [row(title, "s", results["ours"], best, results[best], False)]
 
@@ -453,9 +463,7 @@ def main() -> None:
             print(f"{name}: {needed} is not installed (pip install -r requirements-dev.txt); not measured")
             continue
         rows += benches[name](base, args.runs)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    about = f'"machine": {json.dumps(machine)},\n"command": {json.dumps(sys.argv[1:])}'
-    Path(args.out).write_text(f'{{{about},\n"rows": [\n{lines}\n]}}\n')
+    Path(args.out).write_text(json.dumps({"machine": machine, "command": sys.argv[1:], "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
