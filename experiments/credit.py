@@ -3,7 +3,7 @@
     python experiments/credit.py                      the tiny base on arithmetic: runs/credit.png
     python experiments/credit.py --countdown          the base of tasks/countdown.py on its task
     python experiments/credit.py --word-problems runs/word_problems   a real model: the base of tasks/word_problems.py
-    python experiments/credit.py --explorer           the page to play with, with both tasks: runs/credit.html
+    python experiments/credit.py --explorer           the page to play with, with these two tasks: runs/credit.html
     python experiments/credit.py --explorer --model path/to/model --dataset rows.jsonl --out runs/after
 
 These made the files of this repository:
@@ -123,7 +123,7 @@ def word_problems_config(cfg: RunConfig, folder: Path) -> RunConfig:
     files.write_text(rows, "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in WORD_PROBLEMS.items()))
     return dataclasses.replace(
         cfg, model=str(folder / "base"), dataset=str(rows), n_prompts=len(WORD_PROBLEMS), system=word_problems.SYSTEM,
-        max_new_tokens=cfg.max_new_tokens or 50,
+        max_new_tokens=cfg.max_new_tokens or word_problems.MAX_NEW_TOKENS,
     )  # fmt: skip
 
 

