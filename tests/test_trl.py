@@ -343,6 +343,8 @@ def worker(toy, out):
     torch.save(found, Path(out) / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # DDP still holds the process group. Its threads can abort an interpreter that ends (pytorch/pytorch#190489).
+    os._exit(0)
 
 
 def test_groups_may_span_processes(toy, tmp_path):
