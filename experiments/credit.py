@@ -1,39 +1,28 @@
-"""A picture of credit: one group of completions, and what each of the five methods gives every token of it.
+"""Fills the page docs/explorer.html: completions, and what each of the five methods gives every token of them.
 
-    python experiments/credit.py                      the tiny base on arithmetic: runs/credit.png
-    python experiments/credit.py --countdown          the base of tasks/countdown.py on its task
-    python experiments/credit.py --word-problems runs/word_problems   a real model: the base of tasks/word_problems.py
-    python experiments/credit.py --explorer           the page to play with, with these two tasks: runs/credit.html
-    python experiments/credit.py --explorer --model path/to/model --dataset rows.jsonl --out runs/after
+    python experiments/credit.py              the tiny bases on Countdown and on arithmetic: runs/credit.html
+    python experiments/credit.py --word-problems runs/word_problems   and the real model of tasks/word_problems.py
+    python experiments/credit.py --model path/to/model --dataset rows.jsonl   your model instead
 
-These made the files of this repository:
+This made the page of the repository:
 
-    python experiments/credit.py --countdown --out assets/credit_countdown
-    python experiments/credit.py --explorer --word-problems runs/word_problems --group-size 6 --out docs/explorer
+    python experiments/credit.py --word-problems runs/word_problems --group-size 6 --out docs/explorer.html
 
 Credit is what multiplies grad log pi of a token on the first update, before the mean over tokens: token_advantages of
-each script, at its default options, over the batch that the first step of a run samples. Blue pushes a token up, orange
-pushes it down, and all methods share one scale. The bar below a token is the entropy of the policy there, and a fork
-is a token of at least FORK nats.
-
-The PNG shows one prompt, the first one whose completions are nearest to half right. It wraps long completions and says
-what it cuts. With --explorer the page docs/explorer.html is filled with two prompts instead: that one and a harder one.
-The page is one file that loads nothing. It computes the credit itself, for the options that its reader chooses.
+each script, over the batch that the first step of a run samples. Of that batch the page shows two prompts: the first
+one whose completions are nearest to half right, and a harder one. It is one file that loads nothing, and it computes
+the credit itself, for the options that its reader chooses.
 
 Exit status: 0 done; 2 the options or the input are wrong, or no prompt has both right and wrong completions.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import inspect
-import io
 import json
 import os
 import sys
-import textwrap
 import typing
-import warnings
 from pathlib import Path
 
 import torch
@@ -51,7 +40,7 @@ import verifier
 from common import Rollout
 from harness import data, files
 from harness.model import load_model
-from harness.options import RunConfig, add_option, bounded, fail, resolve_defaults
+from harness.options import RunConfig, add_option, fail, resolve_defaults
 from harness.rewards import RewardError
 from harness.trainer import Trainer
 from tasks import arithmetic, countdown, word_problems
@@ -64,7 +53,7 @@ SAMPLING = [
     "model", "trust_remote_code", "dataset", "splits", "question_column", "answer_column", "reward", "system",
     "prompt_template", "max_prompt_tokens", "n_prompts", "group_size", "max_new_tokens", "temperature", "seed",
 ]  # fmt: skip
-SCRIPTS = {"GRPO": grpo, "DAPO": dapo, "EGSW": egsw, "GTPO": gtpo, "GRPO-S": grpo_s}
+SCRIPTS = [grpo, dapo, egsw, gtpo, grpo_s]
 # Not from a data set, so that the page holds no rows of one.
 WORD_PROBLEMS = {
     "A baker made 84 rolls and put them into 7 bags, the same number into each. How many rolls are in a bag?": "12",
@@ -81,27 +70,19 @@ FORK = 0.35  # nats. A token of at least this entropy is called a fork; to choos
 
 def parse(argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
     """The options of a run, and those of this script. A wrong option ends the program with status 2."""
-    title, usage = __doc__.split("\n\n")[0], "%(prog)s [options]"
-    parser = argparse.ArgumentParser(description=title, usage=usage, allow_abbrev=False)
+    title = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=title, usage="%(prog)s [options]", allow_abbrev=False)
     parser.error = fail
-    number = dict(type=bounded(int, at_least=1), metavar="INT")
-    parser.add_argument("--out", default="runs/credit", help="where to write, without .png or .html [%(default)s]")
-    parser.add_argument("--explorer", action="store_true", help="write the page to play with instead of the PNG")
-    parser.add_argument("--countdown", action="store_true", help="show Countdown; its base is built if it is missing")
+    parser.add_argument("--out", type=Path, default=Path("runs/credit.html"), help="the page to write [%(default)s]")
     parser.add_argument(
-        "--word-problems", type=Path, metavar="FOLDER", help="show what tasks/word_problems.py has made"
+        "--word-problems", type=Path, metavar="FOLDER", help="also show what tasks/word_problems.py has made"
     )
-    parser.add_argument("--rows", default=6, help="completions in the PNG, at most [%(default)s]", **number)
-    parser.add_argument("--lines", default=2, help="lines of each in the PNG, at most [%(default)s]", **number)
     for f in dataclasses.fields(RunConfig):
         if f.name in SAMPLING:
             add_option(parser, f, f.type)
     args = parser.parse_args(argv)
-    if (args.countdown or args.word_problems) and (args.model or args.dataset != "arithmetic"):
-        flag = "--countdown" if args.countdown else "--word-problems"
-        fail(f"{flag} has a model and a data set of its own: leave out --model and --dataset, or {flag}")
-    if args.countdown and args.word_problems and not args.explorer:
-        fail("--countdown --word-problems: a picture shows one task; give one of them, or --explorer")
+    if args.word_problems and (args.model or args.dataset != "arithmetic"):
+        fail("--word-problems has a model and a data set of its own: leave out --model and --dataset")
     if args.word_problems and not (args.word_problems / "base").is_dir():
         fail(f"--word-problems {args.word_problems}: no base in it; make it with tasks/word_problems.py --out")
     return RunConfig(**{name: getattr(args, name) for name in SAMPLING}, eval_rows=0), args
@@ -127,17 +108,13 @@ def word_problems_config(cfg: RunConfig, folder: Path) -> RunConfig:
     )  # fmt: skip
 
 
-def chosen_tasks(cfg: RunConfig, args: argparse.Namespace) -> dict[str, RunConfig]:
-    """The tasks to show, by name: one, or several on the page."""
+def chosen_tasks(cfg: RunConfig, word_problems_folder: Path | None) -> dict[str, RunConfig]:
+    """The tasks to show, by name."""
     if cfg.model is not None or cfg.dataset != "arithmetic":
         return {Path(cfg.dataset).name: cfg}
-    tasks = {}
-    if args.countdown or args.explorer:
-        tasks["Countdown"] = countdown_config(cfg)
-    if args.explorer or not (args.countdown or args.word_problems):
-        tasks["arithmetic"] = cfg
-    if args.word_problems:
-        tasks["word problems"] = word_problems_config(cfg, args.word_problems)
+    tasks = {"Countdown": countdown_config(cfg), "arithmetic": cfg}
+    if word_problems_folder:
+        tasks["word problems"] = word_problems_config(cfg, word_problems_folder)
     return tasks
 
 
@@ -159,15 +136,6 @@ def sample(cfg: RunConfig) -> tuple[Rollout, object]:
         fail(message, details=details)
 
 
-def token_credit(rollout: Rollout, max_new_tokens: int) -> dict[str, Tensor]:
-    """Each method's credit of every token, at its script's defaults: {name: [B, T]}, 0 where the mask is 0."""
-    credit = {}
-    for name, script in SCRIPTS.items():
-        options = {"max_new_tokens": max_new_tokens} if script is dapo else {}
-        credit[name] = script.token_advantages(rollout.rewards, rollout.entropy, rollout.mask, rollout.group, **options)
-    return credit
-
-
 def choose(rewards: Tensor, group: Tensor, share: float = 0.5, without: int | None = None) -> int | None:
     """The first group, other than `without`, whose share of right completions is nearest to this one. None if no other
     group has both right and wrong ones. rewards, group: [B]."""
@@ -175,15 +143,6 @@ def choose(rewards: Tensor, group: Tensor, share: float = 0.5, without: int | No
     shares = {int(g): float(right[group == g].mean()) for g in group.unique()}
     distance = {g: abs(s - share) for g, s in shares.items() if 0 < s < 1 and g != without}
     return min(distance, key=distance.__getitem__, default=None)
-
-
-def choose_or_fail(rollout: Rollout) -> int:
-    g = choose(rollout.rewards, rollout.group)
-    if g is None:
-        right = int((rollout.rewards > 0.5).sum())
-        fail(f"no prompt has both outcomes, {right} of {len(rollout)} completions are right: every credit is 0. "
-             "Give more --n-prompts, a larger --group-size or another --seed")  # fmt: skip
-    return g
 
 
 def visible(text: str, is_eos: bool) -> str:
@@ -222,33 +181,17 @@ def prompt_content(rollout: Rollout, g: int, tokenizer) -> dict:
     }
 
 
-def picture(rollout: Rollout, g: int, tokenizer, cfg: RunConfig) -> dict:
-    """Everything that the PNG shows of group g."""
-    content = prompt_content(rollout, g, tokenizer)
-    methods = token_credit(rollout, cfg.max_new_tokens)
-    rows = rows_of(rollout, g)
-    for row, i in zip(content["rows"], rows, strict=True):
-        n = len(row["text"])
-        row["credit"] = {name: [round(x, 4) for x in A[i, :n].tolist()] for name, A in methods.items()}
-    sizes = {name: float(A[rows].abs().max()) for name, A in methods.items()}
-    return {
-        **content,
-        "prompt": f"prompt {g + 1} of {int(rollout.group.max()) + 1}",
-        # The scale ends at twice GRPO's credit: darker than GRPO is more, paler is less. Some tokens of GTPO have ten
-        # times GRPO's credit. If the scale went that far, all other tokens would look white.
-        "limit": round(2 * sizes["GRPO"], 1),
-        "largest": round(max(sizes.values()), 1),
-        "max_entropy": max(max(row["entropy"]) for row in content["rows"]),
-    }
-
-
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def task_content(cfg: RunConfig) -> dict:
     """Two prompts of a task's first batch for the page: the one nearest to half right, and a harder one."""
     rollout, tokenizer = sample(cfg)
-    first = choose_or_fail(rollout)
+    first = choose(rollout.rewards, rollout.group)
+    if first is None:
+        right = int((rollout.rewards > 0.5).sum())
+        fail(f"no prompt has both outcomes, {right} of {len(rollout)} completions are right: every credit is 0. "
+             "Give more --n-prompts, a larger --group-size or another --seed")  # fmt: skip
     harder = choose(rollout.rewards, rollout.group, share=0.2, without=first)
     groups = [first] if harder is None else [first, harder]
     return {
@@ -260,7 +203,7 @@ def task_content(cfg: RunConfig) -> dict:
 def method_options() -> dict[str, list[dict]]:
     """For each script, the options that its token_advantages takes: in this order, with default, help and choices."""
     options = {}
-    for script in SCRIPTS.values():
+    for script in SCRIPTS:
         fields = {field.name: field for field in dataclasses.fields(script.Config)}
         names = list(inspect.signature(script.token_advantages).parameters)[4:]  # after rewards, entropy, mask, group
         options[script.__name__] = [
@@ -286,170 +229,20 @@ def page(tasks: list[dict]) -> str:
     return before + begin + text + end + after
 
 
-# --- the PNG ----------------------------------------------------------------------------------------------------------
-
-# The colours of the page's light scheme.
-ORANGE, WHITE, BLUE, INK, GREY = "#d8600c", "#f0efec", "#1763b8", "#1b1d22", "#62666f"
-FORK_COLOUR, FORK_PALE, BAR_COLOUR, RULE = "#6d3bbd", "#ece3fb", "#b4b7be", "#e3e1dc"
-FONTS = ["DejaVu Sans Mono", "DejaVu Sans"]  # matplotlib brings both; the second has glyphs that the first lacks
-DPI = 150
-# Sizes in inches. A completion is wrapped at WIDEST.
-CHARACTER, PADDING, WIDEST, LABEL, MARGIN, TOP = 0.078, 0.055, 8.2, 1.05, 0.2, 1.3
-GLYPH, BAR, CREDIT, GAP = 0.17, 0.21, 0.115, 0.13  # heights of a token, of its entropy bar, of a credit, of a gap
-
-
-def rows_to_draw(content: dict, max_rows: int) -> tuple[list[dict], list[dict]]:
-    """At most max_rows completions, right and wrong ones, about half of each if there are enough."""
-    right = [row for row in content["rows"] if row["reward"] > 0.5]
-    wrong = [row for row in content["rows"] if row["reward"] <= 0.5]
-    n_right = min(len(right), max(max_rows - len(wrong), (max_rows + 1) // 2))
-    return right[:n_right], wrong[: max_rows - n_right]
-
-
-def shorten(token: str) -> str:
-    return token if len(token) <= 14 else token[:13] + "…"
-
-
-def layout(tokens: list[str], max_lines: int) -> list[tuple[int, float, float]]:
-    """Where the tokens of a completion are drawn: (line, x, width) of each, as far as max_lines lines go."""
-    places = []
-    line, x = 0, 0.0
-    for token in tokens:
-        width = len(shorten(token)) * CHARACTER + PADDING
-        if x and x + width > WIDEST:
-            line, x = line + 1, 0.0
-        if line == max_lines:
-            break
-        places.append((line, x, width))
-        x += width
-    return places
-
-
-def draw(path: Path, content: dict, max_rows: int, max_lines: int) -> None:
-    """Writes the PNG: at most max_rows completions, of both outcomes, and max_lines lines of each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from PIL import Image
-
-    right, wrong = rows_to_draw(content, max_rows)
-    rows = right + wrong
-    places = [layout(row["shown"], max_lines) for row in rows]
-    width = LABEL + max(x + cell for tokens in places for _, x, cell in tokens)
-    line_height = GLYPH + BAR + len(SCRIPTS) * CREDIT + GAP
-    heights = [(tokens[-1][0] + 1) * line_height for tokens in places]
-    side_by_side = 2 * width + 2 * MARGIN < WIDEST + LABEL  # short completions: right ones left, wrong ones right
-    corners = []  # x and y where each completion begins
-    x, y = MARGIN, TOP
-    for k, height in enumerate(heights):
-        if side_by_side and k == len(right):
-            x, y = width + 3 * MARGIN, TOP
-        corners.append((x, y))
-        y += height
-    tall = max(y + height for (_, y), height in zip(corners, heights, strict=True))
-    wide = max(x + width + MARGIN, 7.0)
-
-    figure = pyplot.figure(figsize=(wide, tall), dpi=DPI, facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, wide), ylim=(tall, 0))  # one unit is one inch
-    axes.axis("off")
-    colour = LinearSegmentedColormap.from_list("credit", [ORANGE, WHITE, BLUE])
-    scale = Normalize(-content["limit"], content["limit"], clip=True)
-
-    def write(x, y, text, size=8.5, **how):  # parse_math: a token may hold dollar signs
-        axes.text(x, y, text, fontsize=size, va="center", parse_math=False, **{"color": INK, **how})
-
-    def box(x, y, width, height, face):
-        axes.add_patch(pyplot.Rectangle((x, y), width, height, facecolor=face, edgecolor="none", antialiased=False))
-
-    def draw_header() -> None:
-        n_right = sum(row["reward"] > 0.5 for row in content["rows"])
-        drawn = f", {len(rows)} drawn" if len(rows) < len(content["rows"]) else ""
-        count = f"{n_right} of {len(content['rows'])} completions right{drawn}"
-        where = f"{count}; {content['prompt']} of {content['task']}; {content['model']}"
-        characters = int((wide - 2 * MARGIN) * 12)
-        answer = f"   (answer: {content['answer']})" if content["answer"] else ""
-        write(MARGIN, 0.22, "Credit: what multiplies the gradient of each token's log-prob", 12, weight="bold")
-        write(MARGIN, 0.47, textwrap.shorten(content["question"] + answer, characters, placeholder=" …"), 9.5)
-        write(MARGIN, 0.66, textwrap.shorten(where, characters, placeholder=" …"), color=GREY)
-        steps, bar, start = 90, 1.4, MARGIN + 0.3
-        for k in range(steps):
-            box(start + k * bar / steps, 0.84, bar / steps * 1.05, 0.13, colour(k / (steps - 1)))
-        write(MARGIN, 0.905, f"−{content['limit']:g}", 8)
-        write(start + bar + 0.08, 0.905, f"+{content['limit']:g}  credit, largest {content['largest']:.1f}", 8)
-        write(MARGIN, 1.1, "⏎ newline   ␣ blank   ∎ end of sequence", 8, color=GREY)
-        x = MARGIN + 3.9
-        box(x, 0.84, 0.13, 0.13, FORK_COLOUR)
-        write(x + 0.2, 0.905, f"fork: entropy of at least {FORK:g} nats", 8)
-        box(x, 1.1, 0.13, 0.06, BAR_COLOUR)
-        write(x + 0.2, 1.1, f"entropy, full height {content['max_entropy']:.2g} nats", 8)
-
-    def draw_completion(row: dict, places: list[tuple[int, float, float]], left: float, top: float) -> None:
-        axes.plot([left, left + width], [top - 0.04] * 2, color=RULE, linewidth=0.8)
-        is_right = row["reward"] > 0.5
-        write(left, top + GLYPH / 2, "✓ right" if is_right else "✗ wrong", 8.5, weight="bold")
-        for k, (name, values) in enumerate(row["credit"].items()):
-            y = top + GLYPH + BAR + (k + 0.5) * CREDIT
-            mean = f"{sum(values) / len(values):+.2f}".replace("-", "−")
-            write(left, y, name, 7)
-            write(left + LABEL - 0.12, y, mean, 7, ha="right", color=GREY)
-        for t, (line, x, cell) in enumerate(places):
-            at = left + LABEL + x
-            y = top + line * line_height
-            h = row["entropy"][t]
-            is_fork = h >= FORK
-            if is_fork:
-                box(at, y, cell - 0.012, GLYPH, FORK_PALE)
-            how = {"weight": "bold", "color": FORK_COLOUR} if is_fork else {}
-            write(at + cell / 2 - 0.006, y + GLYPH / 2, shorten(row["shown"][t]), 8.5, ha="center", family=FONTS, **how)
-            bar = (BAR - 0.05) * h / content["max_entropy"]
-            box(at, y + GLYPH + BAR - 0.02 - bar, cell - 0.012, bar, FORK_COLOUR if is_fork else BAR_COLOUR)
-            box(at, y + GLYPH + BAR - 0.02, cell, 1 / DPI, RULE)
-            for k, values in enumerate(row["credit"].values()):
-                box(at, y + GLYPH + BAR + k * CREDIT, cell - 0.012, CREDIT - 0.012, colour(scale(values[t])))
-        if len(row["shown"]) > len(places):
-            line, x, cell = places[-1]
-            y = top + line * line_height + GLYPH / 2
-            write(left + LABEL + x + cell, y, f"+{len(row['shown']) - len(places)}", 7, color=GREY)
-
-    draw_header()
-    for row, tokens, (x, y) in zip(rows, places, corners, strict=True):
-        draw_completion(row, tokens, x, y)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # it is drawn as a box, and the page has the text
-        figure.savefig(buffer := io.BytesIO())
-    pyplot.close(figure)
-    small = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # a third of the bytes
-    small.save(path)
-
-
 def main(argv: list[str] | None = None) -> None:
     cfg, args = parse(argv)
-    if not args.explorer and not importlib.util.find_spec("matplotlib"):
-        fail("the picture is drawn with matplotlib: pip install matplotlib")
-    suffix = ".html" if args.explorer else ".png"
-    out = Path(args.out)
-    out = out.with_suffix(suffix) if out.suffix in (".png", ".html") else out.with_name(out.name + suffix)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out.parent, os.W_OK):
             raise PermissionError("not writable")
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror or error}")
-    tasks = chosen_tasks(cfg, args)
     models = {"Countdown": "the tiny base", "arithmetic": "the tiny base", "word problems": "SmolLM2-135M-Instruct"}
-    if args.explorer:
-        contents = []
-        for name, cfg in tasks.items():
-            contents.append({"task": name, "model": models.get(name, args.model), **task_content(cfg)})
-        out.write_text(page(contents), encoding="utf-8")
-    else:
-        [(name, cfg)] = tasks.items()
-        rollout, tokenizer = sample(cfg)
-        content = picture(rollout, choose_or_fail(rollout), tokenizer, cfg)
-        draw(out, {"task": name, "model": models.get(name, args.model), **content}, args.rows, args.lines)
-    print(out)
+    contents = []
+    for name, task_cfg in chosen_tasks(cfg, args.word_problems).items():
+        contents.append({"task": name, "model": models.get(name, args.model), **task_content(task_cfg)})
+    args.out.write_text(page(contents), encoding="utf-8")
+    print(args.out)
 
 
 if __name__ == "__main__":

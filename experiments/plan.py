@@ -94,6 +94,10 @@ def with_sgd(setting: str) -> list[TableRow]:
 QUESTIONS = {
     "methods": Question(10, product([COUNTDOWN], METHODS, [OFTEN]) + product(ARITHMETIC, METHODS, [DEFAULTS])),
     "real": Question(3, product([WORD_PROBLEMS], METHODS, [DEFAULTS])),
+    "real_alpha": Question(3, [
+        TableRow(WORD_PROBLEMS, "grpo", DEFAULTS), *product([WORD_PROBLEMS], ["egsw"], [DEFAULTS, dict(alpha=0.0)]),
+    ]),
+    "real_halfway": Question(3, product([WORD_PROBLEMS], METHODS, [dict(stop_tokens=20_000)])),
     "real_rates": Question(1, product([WORD_PROBLEMS], ["grpo"], [dict(lr=lr) for lr in (3e-6, 1e-5, 3e-5)])),
     "frontier": Question(3, [
         *product([COUNTDOWN], METHODS, [OFTEN, SLOW, FAST, LONGER]),

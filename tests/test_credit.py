@@ -1,4 +1,4 @@
-"""The picture of credit: its numbers are those of the five scripts, and the page holds text safely. No browser here."""
+"""What fills the page of credit: the numbers of a rollout, and text that cannot become markup. No browser here."""
 
 import json
 import re
@@ -9,7 +9,6 @@ import torch
 
 from common import Rollout
 from experiments import credit
-from harness import options
 
 NASTY = ["</script><script>alert(1)</script>", "<!--", "&amp;", "</body>", "<img src=x onerror=alert(1)>", r"$\frac$"]
 
@@ -38,24 +37,15 @@ def tokenizer(texts):
     return SimpleNamespace(decode=lambda ids, skip_special_tokens: texts[ids[0]])
 
 
-def content(r, g=0, texts=tuple("abcdef")):
-    """The picture of group g."""
-    cfg = options.RunConfig(max_new_tokens=r.mask.shape[1])
-    return {"task": "a task", "model": "a model", **credit.picture(r, g, tokenizer(texts), cfg)}
-
-
-def test_the_picture_holds_the_numbers_of_its_group_right_ones_first():
+def test_the_page_gets_the_numbers_of_a_group_right_ones_first():
     r = rollout(right=(1, 0, 0, 1, 0, 0))
-    shown, expected = content(r, g=1), credit.token_credit(r, 6)
+    shown = credit.prompt_content(r, 1, tokenizer("abcdef"))
     for row, i in zip(shown["rows"], (3, 2), strict=True):
         n = int(r.completion_lengths()[i])
         assert row["reward"] == r.rewards[i]
         assert row["logprob"] == pytest.approx(r.logprobs[i, :n].tolist(), abs=1e-4)
         assert row["entropy"] == pytest.approx(r.entropy[i, :n].tolist(), abs=1e-4)
-        assert list(row["credit"]) == ["GRPO", "DAPO", "EGSW", "GTPO", "GRPO-S"]
-        for name, values in row["credit"].items():
-            assert values == pytest.approx(expected[name][i, :n].tolist(), abs=1e-4)
-    assert shown["limit"] == 2.0 and shown["answer"] == "7"
+    assert shown["answer"] == "7"
 
 
 def test_the_group_nearest_to_half_right_is_chosen():
@@ -74,7 +64,8 @@ def test_cells_show_what_has_no_glyph():
     for text, shown in {" a": "a", "\n\n": "⏎⏎", "\t": "⇥", "  ": "␣", "": "␣", "\x1b[": "�["}.items():
         assert credit.visible(text, False) == shown
     assert credit.visible("<eos>", True) == "∎"
-    ended, cut = content(rollout())["rows"][0], content(rollout(lengths=(6, 3), right=(1, 0)))["rows"][0]
+    ended = credit.prompt_content(rollout(), 0, tokenizer("abcdef"))["rows"][0]
+    cut = credit.prompt_content(rollout(lengths=(6, 3), right=(1, 0)), 0, tokenizer("abcdef"))["rows"][0]
     assert ended["shown"][-1] == "∎" and ended["text"][-1] == "e"
     assert cut["shown"][-1] == "f"
 
@@ -112,21 +103,20 @@ def sizes(toy, toy_data):
 
 
 @pytest.mark.slow
-def test_the_script_writes_the_png_and_the_page(sizes, tmp_path, capsys):
-    for more, name in ((("--rows", "2"), "picture.png"), (("--explorer",), "picture.html")):
-        credit.main([*sizes, *more, "--out", str(tmp_path / "deep" / "picture")])
-        assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "deep" / name)
-    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["picture.html", "picture.png"]  # no run folder
-    assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(b"\x89PNG")
-    for group in groups_of((tmp_path / "deep" / "picture.html").read_text(encoding="utf-8")):
+def test_the_script_writes_the_page(sizes, tmp_path, capsys):
+    path = tmp_path / "deep" / "page.html"
+    credit.main([*sizes, "--out", str(path)])
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    assert list(path.parent.iterdir()) == [path]  # no run folder
+    for group in groups_of(path.read_text(encoding="utf-8")):
         assert {row["reward"] for row in group["rows"]} == {1.0, 0.0}
         assert len(group["rows"]) == 4
 
 
 @pytest.mark.parametrize("wrong, said", [
-    (["--rows", 0], "--rows"), (["--alpha", 1], "--alpha"), (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--alpha", 1], "--alpha"), (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--out", __file__ + "/x"], "--out"), (["--temperature", 0.001], "no prompt has both outcomes"),
-    (["--countdown"], "--countdown"),
+    (["--word-problems", "nowhere"], "--word-problems"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line_and_status_2(sizes, refusal, wrong, said):
     assert said in refusal(credit.main, [*sizes, *map(str, wrong)])
