@@ -41,7 +41,10 @@ CHANGES = {
 # What a case is compared with, so that old log-probs differ and a gradient keeps its size.
 BASE = dict(minibatches=4, max_grad_norm=1e9)
 NEEDED = {
-    ("egsw", "advantage"): dict(kl_coef=0.3),
+    **{
+        ("egsw", option): dict(kl_coef=0.3)  # the weights multiply the KL too
+        for option in ("advantage", "alpha", "weight_temperature", "step_wise", "mean_one")
+    },
     ("cov", "penalty"): dict(variant="kl"),
     ("quantile", "clip_low"): dict(quantile=1.0),
     ("forking", "clip_low"): dict(rho=1.0),
