@@ -17,6 +17,8 @@ from torch import Tensor
 
 # How many logits (tokens x vocabulary) exist at a time. Large matrix products are faster, above all on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+# Products with smaller weights are not worth a call of oneDNN.
+ONEDNN_ELEMENTS = 2**18
 # The key-value cache of `sample` gets memory for this many new tokens at a time. More costs a small model time, because
 # the system hands out new memory page by page.
 ROOM = 16
@@ -26,6 +28,54 @@ def autocast(device: torch.device) -> AbstractContextManager:
     """bf16 arithmetic on a GPU, float32 elsewhere. The weights stay float32: at a learning rate of 1e-6 a step of AdamW
     is smaller than half the distance between two bf16 numbers, so most bf16 weights would not move."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+# --- matrix products on a CPU -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether oneDNN, which is a part of torch, may be faster than MKL, which torch uses for products in float32: MKL
+    leaves half of AVX-512 unused on processors that are not Intel's. Its operator is not a public one of torch."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """x [..., D], weight [V, D], bias [V] or None -> x W^T + b [..., V], float32 on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        rows = g.flatten(0, -2)
+        d_x = linear(g, weight.t()) if ctx.needs_input_grad[0] else None
+        d_weight = linear(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        d_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return d_x, d_weight, d_bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear, by oneDNN where that is faster."""
+    is_float32 = x.dtype == weight.dtype == torch.float32
+    if x.device.type == "cpu" and is_float32 and weight.numel() >= ONEDNN_ELEMENTS and has_onednn():
+        return OneDNNProduct.apply(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+class Linear(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def use_onednn(model) -> None:
+    """From here on, the model's linear layers call `linear`. Its weights and their names stay the same."""
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Linear
 
 
 # --- the decoder and its key-value cache ------------------------------------------------------------------------------
@@ -152,7 +202,7 @@ def logits_and_slope(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits after scale, soft cap and temperature, float32 [N, V]; and the slope of the soft cap there, if any [N, V].
     hidden [N, D], weight [V, D], bias [V] or None."""
-    z = torch.nn.functional.linear(hidden, weight, bias).float()
+    z = linear(hidden, weight, bias).float()
     slope = None
     if scale != 1.0:
         z.mul_(scale)
@@ -235,7 +285,7 @@ class HeadLogprobs(torch.autograd.Function):
             if slope is not None:
                 dy.mul_(slope)
             dy = dy.to(ctx.dtype)
-            d_hidden[chunk] = (dy @ weight_lowp).to(d_hidden.dtype)
+            d_hidden[chunk] = linear(dy, weight_lowp.t()).to(d_hidden.dtype)
             if d_weight is not None and ctx.dtype == d_weight.dtype:
                 d_weight.addmm_(dy.T, h)  # without a second tensor of this size; it needs equal types
             elif d_weight is not None:

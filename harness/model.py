@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 import common
+from harness import decoder
 from harness.options import RunConfig, fail, first_line
 
 ADAPTER_FILE = "adapter_model.safetensors"  # peft's name for the file of the adapters
@@ -56,6 +57,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError("it has no tokenizer")
+        decoder.use_onednn(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
         check_logprobs(model)

@@ -216,6 +216,7 @@ def packaged_model():
     backend = tokenizer.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    decoder.use_onednn(model)
     return model, tokenizer
 
 

@@ -1,5 +1,7 @@
 """common.py: sampling, log-probs and entropy, the means of the loss."""
 
+import copy
+
 import pytest
 import torch
 from helpers import T, assert_same_samples, naive_score, rollout_of, score, score_inputs
@@ -220,6 +222,27 @@ def test_with_gradient_checkpointing_no_prompt_is_shared(loaded):
     assert_near(with_gradients(model, common.token_logprobs(model, *score_inputs(r), group=r.group)[0]), expected)
     model.gradient_checkpointing_disable()
     assert decoder.shares_prompts(model)
+
+
+@pytest.mark.skipif(not decoder.has_onednn(), reason="oneDNN would not be faster on this processor")
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_by_onednn_and_their_gradients_are_those_of_torch(with_bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(600, 500, bias=with_bias)
+    x = torch.randn(3, 5, 600, requires_grad=True)
+    g = torch.randn(3, 5, 500)
+    inputs = [x, *layer.parameters()]
+    expected = layer(x)
+    expected_gradients = torch.autograd.grad((expected * g).sum(), inputs)
+    decoder.use_onednn(layer)
+    got = layer(x)
+    assert "OneDNN" in got.grad_fn.name()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad((got * g).sum(), inputs), expected_gradients, atol=1e-4, rtol=1e-5)
+    layer.requires_grad_(False)  # as LoRA's base
+    (gradient,) = torch.autograd.grad((layer(x) * g).sum(), [x])
+    torch.testing.assert_close(gradient, expected_gradients[0], atol=1e-4, rtol=1e-5)
+    assert torch.equal(copy.deepcopy(layer)(x), got) and layer(x[:, :0]).shape == (3, 0, 500)
 
 
 @pytest.mark.parametrize("outputs", ["log-prob", "entropy", "both"])
