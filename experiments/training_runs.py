@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -133,8 +132,6 @@ def prepare(name: str, work: Path) -> list[str]:
         folder = os.environ.get("ENTROPY_RL_DATA")
         source = [f"{folder}/svamp/{split}.jsonl" for split in ("train", "test")] if folder else ["ChilleD/SVAMP", None]
         options = word_problems.prepare(work / name, None, *source, setting["recipe"])
-        before = evaluate(options, work / name / "before")  # half as long as a run: once for all of them
-        files.write_text(work / name / "before.json", json.dumps(before))
     else:
         base_name = "-".join(["base", *(f"{key}={value}" for key, value in setting["recipe"].items())])
         options = ["--model", str(arithmetic.base(work / base_name, setting["recipe"]))]
@@ -160,17 +157,6 @@ def command_line(options) -> list[str]:
     return result
 
 
-def evaluate(inputs: list[str], folder: Path) -> tuple[dict, dict]:
-    """A model on word problems: its evaluation, and its entropies. Leaves the evaluation's files in `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    options = {**SETTINGS["word_problems"]["options"], "eval_only": True, "out": folder.parent, "name": folder.name}
-    command = [sys.executable, str(ROOT / "grpo.py"), *inputs, *command_line(options.items())]
-    with open(folder.with_name(f"{folder.name}.log"), "w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    [evaluation] = json.loads((folder / "eval.json").read_text())
-    return evaluation, word_problem_entropies(inputs)
-
-
 # --- running them -----------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +166,6 @@ def execute(run: PlannedRun, work: Path, inputs: list[str]) -> None:
     folder = work / name_of(run)
     shutil.rmtree(folder, ignore_errors=True)
     options = {"eval_rows": EVAL_ROWS, "stop_tokens": TOKENS, **SETTINGS[run.setting]["options"], **dict(run.options)}
-    if run.setting == "word_problems":
-        options["eval_rows"] = 0  # `evaluate` does it
     fixed = {"out": work, "name": folder.name, "steps": 1_000_000, "seed": run.seed}
     script = importlib.import_module(run.method)
     sys.argv = [str(script.__file__), *inputs, *command_line([*fixed.items(), *options.items()])]
@@ -191,19 +175,13 @@ def execute(run: PlannedRun, work: Path, inputs: list[str]) -> None:
         contextlib.redirect_stderr(log),
     ):
         script.main()
-        if run.setting == "word_problems":
-            before = json.loads((work / run.setting / "before.json").read_text())
-            after = evaluate([*inputs, "--model", str(folder / "model")], folder / "after")
-            files.write_text(folder / "eval.json", json.dumps([before[0], after[0]]) + "\n")
-            by_kind = {"before": before[1], "after": after[1]}
-        elif run.setting.startswith("countdown"):
-            base = inputs[inputs.index("--model") + 1]
-            by_kind = {"before": countdown_entropies(base), "after": countdown_entropies(str(folder / "model"))}
-        else:
-            by_kind = {}
         summary = summarise(folder)
-        for when, values in by_kind.items():
-            summary |= {f"{when} {key}": value for key, value in values.items()}
+        entropies = {countdown: countdown_entropies, word_problems: word_problem_entropies}.get(task_of(run.setting))
+        base = inputs[inputs.index("--model") + 1]
+        for when, model_folder in (("before", base), ("after", str(folder / "model"))):
+            if entropies:
+                found = entropies(inputs, model_folder)
+                summary |= {f"{when} {key}": value for key, value in found.items()}
         if run.setting.startswith("countdown"):
             summary["after solutions found"] = solutions_found(folder)
     for large in (folder / "model", *folder.glob("checkpoint-*")):
@@ -316,7 +294,7 @@ def sample_countdown(model_folder: str, rows: list[dict], group_size: int) -> tu
     return sample(model, tokenizer, prompts, group_size, countdown.MAX_NEW_TOKENS)
 
 
-def countdown_entropies(model_folder: str) -> dict[str, float]:
+def countdown_entropies(inputs: list[str], model_folder: str) -> dict[str, float]:
     """Mean entropy, in nats, at the tokens of Countdown completions at which the model chooses a number or an operator,
     and elsewhere: at results of arithmetic, copied totals, the end."""
     rollout, completions = sample_countdown(
@@ -329,12 +307,12 @@ def countdown_entropies(model_folder: str) -> dict[str, float]:
     return entropy_by_kind(rollout, kinds)
 
 
-def word_problem_entropies(inputs: list[str]) -> dict[str, float]:
+def word_problem_entropies(inputs: list[str], model_folder: str) -> dict[str, float]:
     """Mean entropy, in nats, at each kind of word_problems.token_kinds, on the first problems to evaluate on."""
     given = dict(zip(inputs[::2], inputs[1::2], strict=True))
     max_new_tokens = word_problems.MAX_NEW_TOKENS
     cfg = grpo.Config(dataset=given["--eval-dataset"], system=given["--system"], max_new_tokens=max_new_tokens)
-    model, tokenizer = load_model(given["--model"], torch.device("cpu"))
+    model, tokenizer = load_model(model_folder, torch.device("cpu"))
     problems = data.training_problems(cfg)[:SCORED_WORD_PROBLEMS]
     prompts = [problem["prompt_ids"] for problem in data.encode(cfg, model, tokenizer, problems)]
     rollout, completions = sample(model, tokenizer, prompts, SCORED_SAMPLES, max_new_tokens)
